@@ -1,0 +1,1 @@
+"""Post-hoc EMA for DDP and FSDP."""

@@ -1,0 +1,1 @@
+"""Bytes at a URL, what they mean, and how a snapshot is laid out in them."""

@@ -1,0 +1,1 @@
+"""What runs afterwards: from stored snapshots to an average of any length."""

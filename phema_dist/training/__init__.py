@@ -1,0 +1,1 @@
+"""What runs beside a training loop: which parameters a rank owns, their averages, and the threads that store them."""
