@@ -1,1 +1,67 @@
-"""Post-hoc EMA for DDP and FSDP."""
+"""Post-hoc EMA for DDP and FSDP: average while you train, choose the averaging length afterwards.
+
+While training, on every rank, and at any time later, on any machine:
+
+    ema = PostHocEMA.from_model(model, "s3://bucket/run")      # on every rank, after wrapping the model
+    ema.update_(model)                                         # after each optimizer step
+    ema.close()
+
+    with PostHocEMA.from_path("s3://bucket/run").state_dict(sigma_rel=0.15) as state: ...
+
+The names below are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phema_dist.ema import PostHocEMA
+    from phema_dist.errors import (
+        BackgroundError,
+        LayoutError,
+        PhemaError,
+        ProfileError,
+        RunError,
+        SettingsError,
+        SnapshotError,
+        StorageError,
+    )
+    from phema_dist.profile import beta_to_sigma_rel, sigma_rel_to_beta
+    from phema_dist.synthesis.consolidate import Synthesis, synthesize, synthesize_files
+
+_HOMES = {
+    "BackgroundError": "errors",
+    "LayoutError": "errors",
+    "PhemaError": "errors",
+    "PostHocEMA": "ema",
+    "ProfileError": "errors",
+    "RunError": "errors",
+    "SettingsError": "errors",
+    "SnapshotError": "errors",
+    "StorageError": "errors",
+    "Synthesis": "synthesis.consolidate",
+    "beta_to_sigma_rel": "profile",
+    "sigma_rel_to_beta": "profile",
+    "synthesize": "synthesis.consolidate",
+    "synthesize_files": "synthesis.consolidate",
+}
+
+__all__ = [
+    "BackgroundError", "LayoutError", "PhemaError", "PostHocEMA", "ProfileError", "RunError", "SettingsError",
+    "SnapshotError", "StorageError", "Synthesis", "beta_to_sigma_rel", "sigma_rel_to_beta", "synthesize",
+    "synthesize_files",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `import phema_dist` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(_HOMES)

@@ -1,0 +1,94 @@
+"""Choose the averaging length after training: compare many sigma_rels of one run of train_digits.py.
+
+python examples/sweep_digits.py --checkpoint-dir DIR --raw raw.safetensors --out .
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from digits import Denoiser, denoising_loss, frechet_distance, load_digits, sample, train_classifier
+from matplotlib import pyplot as plt
+from safetensors.torch import load_file, save_file
+
+from phema_dist import synthesize
+
+SIGMA_RELS = (0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.11, 0.135, 0.165, 0.2, 0.24, 0.28)
+BLUE, ORANGE = "#0072B2", "#D55E00"  # two that everyone can tell apart (Okabe and Ito)
+
+
+class Judge:
+    """Two metrics of a denoiser, on held-out images and on noise that is the same for every candidate."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.images, self.labels = (part.to(device) for part in load_digits("held-out"))
+        classifier = train_classifier(*(part.to(device) for part in load_digits("train")))
+        self.features = classifier[:-1]
+        self.latents = torch.randn(2 * len(self.images), 64, generator=torch.Generator().manual_seed(1)).to(device)
+
+    @torch.no_grad()
+    def __call__(self, state: dict[str, torch.Tensor]) -> tuple[float, float]:
+        """Return the denoising loss and the Frechet distance; lower is better."""
+        model = Denoiser().to(self.images.device).eval()
+        model.load_state_dict(state)
+        noise = torch.Generator().manual_seed(2)
+        loss = denoising_loss(model, self.images.repeat(8, 1), self.labels.repeat(8), noise).item()
+        samples = sample(model, self.latents, self.labels.repeat(2))
+        return loss, frechet_distance(self.features(samples), self.features(self.images))
+
+
+def plot(rows: list[tuple[float, float, float]], raw: tuple[float, float], path: Path) -> None:
+    """Draw both metrics over sigma_rel, beside those of the raw parameters."""
+    mpl.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    sigma_rels = [row[0] for row in rows]
+    titles = ("denoising loss, held-out digits", "Fréchet distance, samples to held-out digits")
+    for index, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        values = [row[1 + index] for row in rows]
+        best = values.index(min(values))
+        span = raw[index] - values[best]
+        panel.axhline(raw[index], color=ORANGE, linestyle="--")
+        panel.text(sigma_rels[0], raw[index] + 0.03 * span, "raw parameters, no EMA", color=ORANGE)
+        panel.plot(sigma_rels, values, "o-", color=BLUE, markersize=5, clip_on=False)
+        panel.plot(sigma_rels[best], values[best], "*", color=BLUE, markersize=18)
+        text = f"best: sigma_rel = {sigma_rels[best]:g}"
+        offset = (sigma_rels[best], values[best] - 0.08 * span)
+        panel.text(*offset, text, color=BLUE, ha="center", va="top", weight="bold")
+        panel.set(title=title, xscale="log", xlabel="sigma_rel, chosen after training")
+        panel.set_ylim(values[best] - 0.3 * span, raw[index] + 0.3 * span)
+        panel.set_xticks([0.02, 0.05, 0.1, 0.2, 0.28], ["0.02", "0.05", "0.1", "0.2", "0.28"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint-dir", required=True, help="folder or URL that train_digits.py wrote to")
+    parser.add_argument("--raw", default="raw.safetensors", help="the last parameters, from train_digits.py")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the table, picture and checkpoint")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    averages = synthesize(args.checkpoint_dir, sigma_rels=SIGMA_RELS)  # all of them in one pass over the run
+    judge = Judge(device)
+    raw = judge(load_file(args.raw))
+    rows = [(average.sigma_rel, *judge(average.state_dict)) for average in averages]
+    best = min(range(len(rows)), key=lambda index: rows[index][2])
+
+    lines = ["| sigma_rel | denoising loss | Fréchet distance | profile error |", "|---|---|---|---|"]
+    lines += [f"| raw | {raw[0]:.4f} | {raw[1]:.3f} | |"]
+    for average, (sigma_rel, loss, distance) in zip(averages, rows, strict=True):
+        lines += [f"| {sigma_rel:g} | {loss:.4f} | {distance:.3f} | {average.certificate.profile_error:.4f} |"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+    plot(rows, raw, args.out / "sweep.png")
+    save_file(averages[best].state_dict, args.out / "best.safetensors")
+    print(f"best by Fréchet distance: sigma_rel = {rows[best][0]:g}, {rows[best][2]:.3f} against {raw[1]:.3f} raw")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""PostHocEMA: what a training loop holds. It wires the rooms together and contains no mathematics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from phema_dist.errors import BackgroundError, SettingsError
+from phema_dist.ranks import ALONE, Ranks, join
+from phema_dist.storage import run as runs
+from phema_dist.storage.store import open_store
+from phema_dist.synthesis.consolidate import empty_state, fill_states
+from phema_dist.synthesis.recipe import Recipe, announce, plan, stored_recipe
+from phema_dist.synthesis.stream import stream
+from phema_dist.training.layout import is_sharded, read_layout, select
+from phema_dist.training.session import DEFAULT_SIGMA_RELS, Session, Settings, begin, check_sigma_rels
+from phema_dist.training.swap import swapped
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+    from torch.distributed import ProcessGroup
+
+    from phema_dist.shard import Box
+    from phema_dist.storage.manifest import RunInfo
+    from phema_dist.storage.store import Store
+
+
+class PostHocEMA:
+    """Averages of a model while it trains, and an average of any length afterwards.
+
+    Make one with `from_model` to train, or with `from_path` to read a run. Under torchrun, make it on every rank and
+    call its methods on every rank. `update_` and `close` never communicate; `model` and `state_dict` do, on an object
+    that trains.
+    """
+
+    def __init__(self, store: Store, settings: Settings, calculation_dtype: torch.dtype = torch.float32) -> None:
+        self._store, self._settings, self._calculation_dtype = store, settings, calculation_dtype
+        self._model: nn.Module | None = None
+        self._resume: bool | int = True  # how a run that was opened to read would go on
+        self._session: Session | None = None
+        self._closed = False
+
+    @staticmethod
+    def from_model(
+        model: nn.Module,
+        checkpoint_dir: str | os.PathLike[str],
+        max_checkpoints: int = 20,
+        sigma_rels: Sequence[float] | None = None,
+        update_every: int = 10,
+        checkpoint_every: int = 1000,
+        checkpoint_dtype: torch.dtype | None = None,
+        calculation_dtype: torch.dtype = torch.float32,
+        only_save_diff: bool = False,
+        update_after_step: int = 0,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        resume: bool | int = False,
+        process_group: ProcessGroup | None = None,
+        t_unit: str = "steps",
+    ) -> PostHocEMA:
+        """Begin to average a model, or go on with a run. Collective: call it on every rank, after wrapping the model.
+
+        Args:
+            model: plain, or wrapped by DDP or `fully_shard`, compiled or not.
+            checkpoint_dir: where the run lives: a folder that all ranks share, or any fsspec URL (s3://bucket/run).
+            max_checkpoints: how many snapshots to keep; those that serve every later sigma_rel best, not the last.
+            sigma_rels: the averaging lengths that are tracked, each in (0, 0.28867]; None: (0.05, 0.28).
+            update_every: calls of `update_` from one update of the averages to the next. In long runs fewer are made:
+                one each time t has grown by 1e-4 of itself, below which float32 averages would stop moving. The
+                profile is exact either way.
+            checkpoint_every: calls of `update_` from one snapshot to the next.
+            checkpoint_dtype: of stored averages: float32 (None), bfloat16 or float16.
+            calculation_dtype: the default for the sums of a synthesis: float32 or float64.
+            only_save_diff: leave out parameters that do not require gradients.
+            update_after_step: t at which averaging begins; everything before is forgotten.
+            storage_options: for the store (key, secret, endpoint_url, …), or the usual AWS environment.
+            resume: True: go on from the newest complete snapshot; an integer: from the newest at or before that t.
+                Begins afresh where nothing is stored.
+            process_group: the ranks that hold the model together; None: all.
+            t_unit: what t counts, for people who read the run: steps, samples, …
+
+        Raises:
+            SettingsError, ProfileError: an argument that cannot work.
+            LayoutError: a model that cannot be averaged without being wrong.
+            RunError: the folder holds a run already and `resume` is False, or a run of another model.
+            StorageError: the store cannot be reached or written; on every rank, before training starts.
+        """
+        ranks = join(process_group)
+
+        def checked() -> PostHocEMA:
+            settings = Settings(
+                max_checkpoints, _floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
+                only_save_diff, update_after_step, t_unit,
+            )  # fmt: skip
+            return PostHocEMA(open_store(checkpoint_dir, storage_options), settings, _sum_dtype(calculation_dtype))
+
+        ema = ranks.each(checked)
+        ema._begin(model, ranks, resume)  # noqa: SLF001  its own
+        return ema
+
+    @staticmethod
+    def from_path(
+        checkpoint_dir: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        max_checkpoints: int = 20,
+        sigma_rels: Sequence[float] | None = None,
+        update_every: int = 10,
+        checkpoint_every: int = 1000,
+        checkpoint_dtype: torch.dtype | None = None,
+        only_save_diff: bool = False,
+        *,
+        step: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> PostHocEMA:
+        """Open a run to read it. Not collective: one rank, or a process without ranks, may do it alone.
+
+        The first `update_` goes on with the run, as `from_model(..., resume=True)` would; that is collective. The
+        sigma_rels are the run's.
+
+        Args:
+            checkpoint_dir: where the run lives.
+            model: what to update, if `update_` will be called without one.
+            max_checkpoints: as in `from_model`, if the run goes on; so are the others.
+            sigma_rels: only to check: must be the run's.
+            update_every: as in `from_model`.
+            checkpoint_every: as in `from_model`.
+            checkpoint_dtype: as in `from_model`.
+            only_save_diff: as in `from_model`.
+            step: go on from the newest complete snapshot at or before this t.
+            storage_options: for the store.
+
+        Raises:
+            RunError: there is no run, or it has other sigma_rels.
+            StorageError: the store cannot be reached.
+        """
+        settings = Settings(
+            max_checkpoints, _floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
+            only_save_diff=only_save_diff,
+        )  # fmt: skip
+        ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings)
+        check_sigma_rels(ema._store, runs.open_run(ema._store).info, settings)
+        ema._model = model
+        ema._resume = True if step is None else step
+        return ema
+
+    @property
+    def t(self) -> int:
+        """Training time at the last call of `update_`; 0 before the first, or if the run is only read."""
+        return 0 if self._session is None else self._session.t
+
+    def update_(self, model: nn.Module | None = None, t: int | None = None) -> None:
+        """Tell the averages that the parameters have changed; call it after each optimizer step, on every rank.
+
+        Copies what this rank owns, if an update is due, and returns; averaging and storing happen in the background.
+        Does not communicate (except the first call after `from_path`). Waits only while the two updates before it are
+        still being taken in.
+
+        Args:
+            model: None, or the model of the constructor, with or without its wrappers.
+            t: training time now, if it is not one more than at the last call: samples seen, tokens, …
+
+        Raises:
+            SettingsError: t does not grow.
+            LayoutError: a tensor was added, removed, resized or has another dtype.
+            BackgroundError: a background thread has stopped; its error is the cause.
+        """
+        if self._closed:
+            raise SettingsError("this PostHocEMA is closed; make a new one with resume=True to go on.")
+        session = self._session
+        if session is None:
+            model = self._model if model is None else model
+            if model is None:
+                raise SettingsError("update_ needs a model: pass it here, or to from_path.")
+            session = self._begin(model, join(), self._resume)
+        session.update(model, t)
+
+    @contextmanager
+    def model(
+        self, model: nn.Module, sigma_rel: float, step: int | None = None, calculation_dtype: torch.dtype | None = None
+    ) -> Iterator[nn.Module]:
+        """Evaluate an average in place: the same object, in eval mode, with other parameters inside the block.
+
+        Each rank fills the part that it holds, straight from storage, and takes no accelerator memory for it.
+        Parameters, buffers and training flags come back bit for bit on any exit. Collective on an object that trains,
+        and for sharded models; the way back never communicates.
+
+        Args:
+            model: the model that was averaged, wrapped or not; also a fresh one of the same architecture.
+            sigma_rel: length of the average, in (0, 0.28867].
+            step: its end; None: the newest complete snapshot.
+            calculation_dtype: of the sums, float32 or float64.
+
+        Raises:
+            ProfileError, RunError, StorageError: as `synthesize`.
+            LayoutError: the model does not have the run's tensors.
+        """
+        dtype = self._calculation_dtype if calculation_dtype is None else _sum_dtype(calculation_dtype)
+        ranks = self._session.ranks if self._session else join() if is_sharded(model) else ALONE
+        info, recipe = self._plan(ranks, sigma_rel, step)
+        shapes = {fqn: facts.shape for fqn, facts in info.tensors.items()}
+        layout = ranks.each(lambda: select(read_layout(model), shapes, partial=info.only_save_diff))
+        wanted = {tensor.info.fqn: [tensor.box] for tensor in layout.tensors}
+        with swapped(model, layout) as write:
+
+            def fill(_: int, fqn: str, box: Box, values: torch.Tensor) -> None:
+                write(fqn, box, values)
+
+            ranks.each(lambda: stream(self._store, info, [recipe], fill, wanted=wanted, calculation_dtype=dtype))
+            yield model
+
+    @contextmanager
+    def state_dict(
+        self, sigma_rel: float, step: int | None = None, calculation_dtype: torch.dtype | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Make an average as full CPU tensors: float32 parameters, and buffers, under the bare model's names.
+
+        Every rank that enters gets all of it, and reads all of it. Collective on an object that trains, not on one
+        from `from_path`.
+
+        Args:
+            sigma_rel: length of the average, in (0, 0.28867].
+            step: its end; None: the newest complete snapshot.
+            calculation_dtype: of the sums, float32 or float64.
+
+        Raises:
+            ProfileError, RunError, StorageError: as `synthesize`.
+        """
+        dtype = self._calculation_dtype if calculation_dtype is None else _sum_dtype(calculation_dtype)
+        ranks = self._session.ranks if self._session else ALONE
+        info, recipe = self._plan(ranks, sigma_rel, step)
+        state = empty_state(info)
+        ranks.each(lambda: stream(self._store, info, [recipe], fill_states([state]), calculation_dtype=dtype))
+        yield state
+
+    def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image:
+        """Draw how exactly each sigma_rel can be made: of the stored snapshots, or of those to come if there are none.
+
+        Before training this assumes `max_checkpoints` evenly spread snapshots. Not collective.
+
+        Args:
+            target_sigma_rel_range: from which sigma_rel to which; None: half the smallest tracked one to 0.28867.
+
+        Raises:
+            ImportError: matplotlib is missing: pip install "phema-dist[plot]".
+        """
+        from phema_dist import plot  # noqa: PLC0415  matplotlib only where a picture is wanted
+
+        run = runs.find_run(self._store)
+        sigma_rels = run.info.sigma_rels if run else self._settings.sigma_rels or DEFAULT_SIGMA_RELS
+        ts = [s.t - run.info.origin for s in run.complete] if run else []
+        every = self._settings.checkpoint_every
+        planned = [every * (i + 1) for i in range(self._settings.max_checkpoints)]
+        return plot.figure_to_image(
+            plot.reconstruction_error_figure(ts or planned, sigma_rels, target_sigma_rel_range)
+        )
+
+    def close(self, timeout: float | None = None) -> None:
+        """Write a last snapshot, of the last update, and wait until all is stored. Does not communicate.
+
+        Args:
+            timeout: seconds to wait at most; None: as long as it takes (every put has a deadline).
+
+        Raises:
+            BackgroundError: a background thread has stopped, or `timeout` was too short.
+        """
+        if self._session is not None and not self._closed:
+            self._closed = True
+            if not self._session.writer.close(timeout):
+                raise BackgroundError(f"storage is still busy after {timeout} s; what it has not stored is lost.")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        elif self._session is not None and not self._closed:
+            self._closed = True
+            self._session.writer.abandon(_SECONDS_AFTER_ERROR)
+
+    def _begin(self, model: nn.Module, ranks: Ranks, resume: bool | int) -> Session:
+        """Collective: start training on the run, from its snapshot if it has one."""
+        session = begin(self._store, model, ranks, self._settings, resume=resume)
+        if session.parent is not None:
+            ranks.each(lambda: self._restore(session))
+            session.restored()
+        self._session = session
+        return session
+
+    def _restore(self, session: Session) -> None:
+        """Fill the averages of what this rank owns from the snapshot that the session goes on from."""
+        assert session.parent is not None  # noqa: S101
+        targets: list[dict[str, tuple[Box, torch.Tensor]]] = []
+        for averages in session.tracker.averages:
+            views = [segment.views(flat) for segment, flat in zip(session.tracker.segments, averages, strict=True)]
+            targets.append({
+                piece.info.fqn: (piece.box, view)
+                for segment, pieces in zip(session.tracker.segments, views, strict=True)
+                for piece, view in zip(segment.pieces, pieces, strict=True)
+            })
+
+        def fill(k: int, fqn: str, box: Box, values: torch.Tensor) -> None:
+            held, view = targets[k][fqn]
+            view[box.relative_to(held)].copy_(values)
+
+        recipes = [stored_recipe(session.parent, sigma_rel) for sigma_rel in session.info.sigma_rels]
+        wanted = {fqn: [box] for fqn, (box, _) in targets[0].items()}
+        stream(self._store, session.info, recipes, fill, wanted=wanted)
+
+    def _plan(self, ranks: Ranks, sigma_rel: float, t: int | None) -> tuple[RunInfo, Recipe]:
+        """Collective where ranks are several: wait for what each has queued, then take rank 0's view of the run."""
+        if self._session is not None and not self._closed:
+            ranks.each(self._session.writer.drain)
+
+        def look() -> tuple[RunInfo, Recipe]:
+            run = runs.open_run(self._store)
+            (recipe,) = plan(run, [sigma_rel], t)
+            announce([recipe])
+            return run.info, recipe
+
+        return ranks.on_first(look)
+
+
+_SECONDS_AFTER_ERROR = 10.0
+
+
+def _floats(sigma_rels: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if sigma_rels is None else tuple(map(float, sigma_rels))
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in {torch.float32, torch.float64}:
+        raise SettingsError(f"calculation_dtype must be float32 or float64; got {dtype}.")
+    return dtype

@@ -1,0 +1,95 @@
+"""Every collective of the library: this rank's place in its group, and what ranks tell each other.
+
+Collectives happen on the main thread and only in calls whose docstring says so; no thread of ours ever enters one.
+All of them carry small Python objects over gloo, so no accelerator is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from phema_dist.errors import PhemaError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """This process's rank in the group that averages one model together; a lone process is a group of one."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    def gather(self, value: T) -> list[T]:
+        """Collective: the `value` of every rank, by rank, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, step: Callable[[], T]) -> list[T]:
+        """Collective: run `step` on every rank and gather what it returns; if it fails on any rank, raise on all.
+
+        Without this, a rank that fails alone leaves the others waiting in the next collective until it times out.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = step()
+        except Exception as caught:
+            if self.group is None:
+                raise
+            error = caught
+        gathered = self.gather((result, None if error is None else _portable(error)))
+        if error is not None:
+            raise error
+        for rank, (_, other) in enumerate(gathered):
+            if other is not None:
+                kind, text = other
+                raise kind(f"rank {rank}: {text}")
+        return [value for value, _ in gathered]  # type: ignore[misc]
+
+    def each(self, step: Callable[[], T]) -> T:
+        """Collective: run `step` on every rank for its own result; if it fails on any rank, raise on all."""
+        results: list[T] = []
+        self.together(lambda: results.append(step()))
+        return results[0]
+
+    def on_first(self, step: Callable[[], T]) -> T:
+        """Collective: run `step` on rank 0 alone; its result on every rank, or its error on every rank."""
+        first, *_ = self.together(lambda: step() if self.rank == 0 else None)
+        return first  # type: ignore[return-value]
+
+
+def _portable(error: Exception) -> tuple[type[PhemaError], str]:
+    # Foreign exceptions may not survive the journey between processes; ours are made of one text.
+    if isinstance(error, PhemaError):
+        return type(error), str(error)
+    return PhemaError, f"{type(error).__name__}: {error}"
+
+
+ALONE = Ranks(0, 1, None)
+
+
+def join(process_group: dist.ProcessGroup | None = None) -> Ranks:
+    """Collective: this rank's place in `process_group` (None: the default group, or alone where there is none).
+
+    A group that cannot carry CPU objects (NCCL) gets a gloo twin of the same ranks.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return ALONE
+    group = process_group or dist.group.WORLD
+    size = dist.get_world_size(group)
+    if size == 1:
+        return ALONE
+    if "gloo" not in dist.get_backend_config(group):
+        group = dist.new_group(
+            dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=process_group is not None
+        )
+    return Ranks(dist.get_rank(group), size, group)

@@ -1,0 +1,170 @@
+"""Shards as safetensors files: the bytes of one rank's part of one profile, and back.
+
+A file is its header (length, then JSON) and the data without gaps. The header never changes during an attempt, so an
+image of the whole file is made once, and a snapshot only fills in the data. The key `DCP_SHARDING_INFO` lets torch's
+own HuggingFaceStorageReader open a folder of them.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from phema_dist.errors import SnapshotError
+from phema_dist.shard import Box, intersect, whole
+from phema_dist.storage.manifest import BLOCK_BYTES, Manifest, ShardFile, manifest_name, snapshot_folder, to_json
+
+if TYPE_CHECKING:
+    from phema_dist.storage.manifest import RunInfo
+    from phema_dist.storage.store import Store
+
+# torch's dtypes by the names that safetensors gives them.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 64  # of the data in the file, so that it can be viewed as any dtype
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A box of a tensor inside a shard file: its data are the bytes `start` to `stop` after the header."""
+
+    fqn: str
+    dtype: torch.dtype
+    box: Box
+    start: int
+    stop: int
+
+
+class Image:
+    """A whole shard file in memory, reused for every snapshot.
+
+    `groups` are the boxes of each segment, in order, with one dtype; `data[g]` is group g's flat, writable part.
+    """
+
+    def __init__(self, groups: Sequence[tuple[torch.dtype, Sequence[tuple[str, Box]]]]) -> None:
+        entries: list[Entry] = []
+        starts = [0] * len(groups)
+        position = 0
+        # Wide elements first: then each group starts at a multiple of its element, without padding.
+        for g in sorted(range(len(groups)), key=lambda g: -groups[g][0].itemsize):
+            dtype, boxes = groups[g]
+            starts[g] = position
+            for fqn, box in boxes:
+                stop = position + box.numel * dtype.itemsize
+                entries.append(Entry(fqn, dtype, box, position, stop))
+                position = stop
+        header = _build_header(entries)
+        self.header_bytes = len(header)
+        self.buffer = bytearray(len(header) + position)
+        self.buffer[: len(header)] = header
+        sizes = [sum(box.numel for _, box in boxes) for _, boxes in groups]
+        self.data = [
+            torch.frombuffer(self.buffer, dtype=dtype, count=size, offset=len(header) + start)
+            if size
+            else torch.empty(0, dtype=dtype)
+            for (dtype, _), size, start in zip(groups, sizes, starts, strict=True)
+        ]
+
+    def checksums(self) -> tuple[str, ...]:
+        """xxh3-64 of the header, then of each block of the data."""
+        view = memoryview(self.buffer)
+        starts = range(self.header_bytes, len(view), BLOCK_BYTES)
+        parts = [view[: self.header_bytes], *(view[start : start + BLOCK_BYTES] for start in starts)]
+        return tuple(xxhash.xxh3_64_hexdigest(part) for part in parts)
+
+
+def write_snapshot(store: Store, manifest: Manifest, images: Sequence[tuple[str, float, Image]]) -> int:
+    """Put one rank's files of a snapshot, then its manifest: until that last put the rank has written nothing.
+
+    Args:
+        store: where the run lives.
+        manifest: everything but its files.
+        images: file name inside the snapshot, sigma_rel, and contents.
+
+    Returns:
+        The number of bytes written.
+    """
+    folder = snapshot_folder(manifest.t, manifest.attempt)
+    files = []
+    for name, sigma_rel, image in images:
+        checksums = image.checksums()  # before any client sees the bytes
+        store.put(f"{folder}/{name}", image.buffer)
+        data_bytes = len(image.buffer) - image.header_bytes
+        files.append(ShardFile(name, sigma_rel, image.header_bytes, data_bytes, checksums))
+    facts = Manifest(**{**manifest.__dict__, "files": tuple(files)})
+    text = to_json(facts)
+    store.put(f"{folder}/{manifest_name(manifest.rank, manifest.world_size)}", text)
+    return sum(len(image.buffer) for _, _, image in images) + len(text)
+
+
+def parse_header(header: bytes, file: ShardFile, run: RunInfo, where: str) -> tuple[Entry, ...]:
+    """The entries of a shard file, in the order of their bytes.
+
+    Raises:
+        SnapshotError: the header is not the one that was written, or does not fit the run.
+    """
+    if xxhash.xxh3_64_hexdigest(header) != file.checksums[0]:
+        raise SnapshotError(f"{where}: the header is not the one that was written (its checksum differs).")
+    try:
+        (length,) = struct.unpack_from("<Q", header)
+        if length != len(header) - 8:
+            raise ValueError(f"header of {length} bytes")
+        table = json.loads(header[8:])
+        offsets = json.loads(table.pop("__metadata__")["DCP_SHARDING_INFO"])
+        entries = [
+            Entry(
+                fqn,
+                DTYPES[facts["dtype"]],
+                Box(tuple(offsets[fqn]["saved_offsets"]), tuple(facts["shape"])),
+                *facts["data_offsets"],
+            )
+            for fqn, facts in table.items()
+        ]
+        entries.sort(key=lambda entry: entry.start)
+        _check_entries(entries, file, run)
+    except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+        raise SnapshotError(f"{where}: the header does not describe shards of this run: {error!r}") from error
+    return tuple(entries)
+
+
+def _check_entries(entries: Sequence[Entry], file: ShardFile, run: RunInfo) -> None:
+    position = 0
+    for entry in entries:
+        bounds = whole(run.tensors[entry.fqn].shape)
+        inside = intersect(entry.box, bounds) == entry.box if entry.box.numel else True
+        if len(entry.box.sizes) != len(bounds.sizes) or not inside:
+            raise ValueError(f"{entry.fqn} has a box outside of the tensor: {entry.box}")
+        if (entry.start, entry.stop - entry.start) != (position, entry.box.numel * entry.dtype.itemsize):
+            raise ValueError(f"{entry.fqn} has the bytes {entry.start} to {entry.stop}")
+        position = entry.stop
+    if position != file.data_bytes:
+        raise ValueError(f"{position} bytes of data instead of {file.data_bytes}")
+
+
+def _build_header(entries: Sequence[Entry]) -> bytes:
+    table: dict[str, object] = {
+        "__metadata__": {
+            "format": "pt",
+            "DCP_SHARDING_INFO": json.dumps({e.fqn: {"saved_offsets": list(e.box.offsets)} for e in entries}),
+        }
+    }
+    for e in entries:
+        table[e.fqn] = {
+            "dtype": DTYPE_NAMES[e.dtype],
+            "shape": list(e.box.sizes),
+            "data_offsets": [e.start, e.stop],
+        }
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text

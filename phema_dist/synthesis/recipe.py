@@ -1,0 +1,136 @@
+"""From a run and a wanted average to the snapshots that make it, with their coefficients and how good it will be."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from phema_dist import profile
+from phema_dist.profile import PowerProfile, UpdateHistory
+
+if TYPE_CHECKING:
+    from phema_dist.storage.run import Run, Snapshot
+
+_log = logging.getLogger("phema_dist")
+GOOD_ERROR = 0.05  # a profile error above this is worth a warning
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far a synthesis is from the average that was asked for; errors are relative.
+
+    `profile_error` compares the averaging profiles (L2), `recorded_error` does so over the updates that were really
+    made. A coefficient norm above 1 amplifies the rounding of what is stored: `rounding_noise` is the expected
+    relative error of a parameter from that, for the stored dtype. `left_out` names snapshots that could not be used.
+    """
+
+    profile_error: float
+    recorded_error: float
+    coefficient_sum: float
+    coefficient_norm: float
+    rounding_noise: float
+    num_snapshots: int
+    left_out: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether the profile error is small enough not to be mentioned."""
+        return self.profile_error <= GOOD_ERROR
+
+
+@dataclass(frozen=True)
+class Term:
+    """One stored average and its factor."""
+
+    snapshot: Snapshot
+    sigma_rel: float
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to add up for one average: terms by sigma_rel, then t, always in the same order."""
+
+    sigma_rel: float
+    t: int
+    terms: tuple[Term, ...]
+    newest: Snapshot  # the newest one at or before t, whose buffers the result takes
+    certificate: Certificate
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe as plain values, for a checkpoint's metadata."""
+        return {
+            "sigma_rel": self.sigma_rel,
+            "t": self.t,
+            "terms": [[term.sigma_rel, term.snapshot.t, term.coefficient] for term in self.terms],
+            "certificate": asdict(self.certificate),
+        }
+
+
+def plan(run: Run, sigma_rels: Sequence[float], t: int | None = None) -> list[Recipe]:
+    """Find the recipe of each sigma_rel at time t (None: the newest complete snapshot's).
+
+    Args:
+        run: where to take snapshots from; incomplete ones are left out.
+        sigma_rels: what is wanted.
+        t: end of the averages, as the run counts it.
+
+    Raises:
+        ProfileError: no such profile, or a t at which nothing was averaged yet.
+        SnapshotError: no complete snapshot at or before t.
+    """
+    newest = run.require_newest(t)
+    t = newest.t if t is None else t
+    usable = [s for s in run.complete if s.t <= t]
+    stored = [(sigma_rel, s) for sigma_rel in run.info.sigma_rels for s in usable]
+    profiles = [PowerProfile(sigma_rel, s.t - run.info.origin) for sigma_rel, s in stored]
+    updates = UpdateHistory(run.complete[-1].manifests[0].updates).times()
+    left_out = tuple(f"t={s.t}: {s.problem}" for s in run.snapshots if s.problem and s.t <= t)
+    recipes = []
+    for sigma_rel in sigma_rels:
+        target = PowerProfile(sigma_rel, t - run.info.origin)
+        factors = profile.coefficients(profiles, target)
+        used = [Term(s, tracked, float(c)) for (tracked, s), c in zip(stored, factors, strict=True) if c != 0]
+        certificate = Certificate(
+            profile_error=profile.profile_error(profiles, factors, target),
+            recorded_error=profile.recorded_error(profiles, factors, target, updates),
+            coefficient_sum=sum(term.coefficient for term in used),
+            coefficient_norm=math.hypot(*(term.coefficient for term in used)),
+            rounding_noise=math.hypot(*(term.coefficient * _rounding(term.snapshot) for term in used)),
+            num_snapshots=len({term.snapshot.t for term in used}),
+            left_out=left_out,
+        )
+        recipes.append(Recipe(sigma_rel, t, tuple(used), newest, certificate))
+    return recipes
+
+
+def stored_recipe(snapshot: Snapshot, sigma_rel: float) -> Recipe:
+    """A stored average as it is, to go on from."""
+    noise = _rounding(snapshot)
+    certificate = Certificate(0.0, 0.0, 1.0, 1.0, noise, num_snapshots=1, left_out=())
+    return Recipe(sigma_rel, snapshot.t, (Term(snapshot, sigma_rel, 1.0),), snapshot, certificate)
+
+
+def announce(recipes: Sequence[Recipe]) -> None:
+    """Log what a person should know before using the result: a poor certificate, snapshots that were left out."""
+    for recipe in recipes:
+        certificate = recipe.certificate
+        if not certificate.good:
+            _log.warning(
+                "sigma_rel=%g at t=%d: the profile error is %.1f%%, above %g%%; more snapshots, or a sigma_rel nearer to "
+                "the tracked ones, would be more exact",
+                recipe.sigma_rel, recipe.t, 100 * certificate.profile_error, 100 * GOOD_ERROR,
+            )  # fmt: skip
+    for left_out in recipes[0].certificate.left_out if recipes else ():
+        _log.warning("left out an incomplete snapshot, %s", left_out)
+
+
+# Rounding to nearest errs by at most half a unit in the last place, this much of the number, and evenly below that.
+_HALF_ULP = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+
+
+def _rounding(snapshot: Snapshot) -> float:
+    return _HALF_ULP[snapshot.manifests[0].dtype] / math.sqrt(3)

@@ -1,0 +1,212 @@
+"""One rank's side of a training job: the clock, what is due, and the way from the model to the writer."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from phema_dist import schedule
+from phema_dist.errors import RunError, SettingsError, StorageError
+from phema_dist.profile import UpdateHistory, sigma_rel_to_gamma
+from phema_dist.storage import run as runs
+from phema_dist.storage.manifest import FORMAT, Attempt, RunInfo, TensorFacts, attempt_key, from_json
+from phema_dist.storage.snapshot import DTYPE_NAMES
+from phema_dist.training.layout import Layout, Ownership, Piece, agree, read_layout, select
+from phema_dist.training.staging import segments
+from phema_dist.training.tracker import Tracker
+from phema_dist.training.writer import Place, Writer
+
+if TYPE_CHECKING:
+    from phema_dist.ranks import Ranks
+    from phema_dist.storage.store import Store
+
+DEFAULT_SIGMA_RELS = (0.05, 0.28)
+_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of PostHocEMA's constructors, checked."""
+
+    max_checkpoints: int = 20
+    sigma_rels: tuple[float, ...] | None = None
+    update_every: int = 10
+    checkpoint_every: int = 1000
+    checkpoint_dtype: torch.dtype | None = None
+    only_save_diff: bool = False
+    update_after_step: int = 0
+    t_unit: str = "steps"
+
+    def __post_init__(self) -> None:
+        least = {"max_checkpoints": 1, "update_every": 1, "checkpoint_every": 1, "update_after_step": 0}
+        for name, smallest in least.items():
+            if not isinstance(value := getattr(self, name), int) or value < smallest:
+                raise SettingsError(f"{name} must be an integer of at least {smallest}; got {value!r}.")
+        if self.sigma_rels is not None:
+            if not self.sigma_rels or len(set(self.sigma_rels)) != len(self.sigma_rels):
+                raise SettingsError(f"sigma_rels must be one or more different numbers; got {self.sigma_rels}.")
+            for sigma_rel in self.sigma_rels:
+                sigma_rel_to_gamma(sigma_rel)  # raises ProfileError
+        if self.checkpoint_dtype not in {None, *_STORED_DTYPES}:
+            names = ", ".join(map(str, _STORED_DTYPES))
+            raise SettingsError(f"checkpoint_dtype must be None or one of {names}; got {self.checkpoint_dtype}.")
+
+
+class Session:
+    """What one rank needs while training; made by `begin`, ended by `close`.
+
+    The averages start at zero and t = 0, or are filled by the caller from `parent`, followed by `restored`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        ownership: Ownership,
+        ranks: Ranks,
+        settings: Settings,
+        start: _Start,
+        store: Store,
+    ) -> None:
+        self.ranks, self.info, self.parent, self.t = ranks, start.info, start.parent, 0
+        self._calls, self._settings, self._origin = 0, settings, start.info.origin
+        self._model = model
+        self._shapes = {tensor.info.fqn: tensor.info.shape for tensor in layout.tensors}
+        self.segments = segments(ownership.pieces)
+        self._pieces = [segment.pieces for segment in self.segments]
+        self.tracker = Tracker(self.segments, start.info.sigma_rels)
+        place = Place(
+            store, start.attempt, ranks.rank, start.info.sigma_rels, self._origin, settings.max_checkpoints
+        )
+        self._last_time = 0  # of the last update, from the origin; the averages may have refused it
+        self.writer = Writer(self.segments, self.tracker, place, settings.checkpoint_dtype)
+
+    def restored(self) -> None:
+        """Go on from `parent`, whose averages are now in the tracker."""
+        assert self.parent is not None  # noqa: S101
+        manifest = self.parent.manifests[0]
+        self.t, self._calls, self._last_time = manifest.t, manifest.calls, manifest.t - self._origin
+        self.tracker.restore(UpdateHistory(manifest.updates))
+
+    def update(self, model: nn.Module | None, t: int | None) -> None:
+        """Count a call, and hand the parameters to the writer if an update is due; on the training thread."""
+        now = self.t + 1 if t is None else operator.index(t)
+        if now <= self.t:
+            raise SettingsError(
+                f"t must grow from call to call: got t={now} after t={self.t}. To go on from an earlier moment, make a "
+                f"new PostHocEMA with resume={now}; it continues from the newest snapshot at or before that."
+            )
+        self.t, self._calls = now, self._calls + 1
+        time = now - self._origin
+        if time <= 0:
+            return
+        snapshot = self._calls % self._settings.checkpoint_every == 0
+        due = self._calls % self._settings.update_every == 0 and schedule.update_is_due(time, self._last_time)
+        if snapshot or due:
+            self.writer.update(self._pieces_of(model), now, self._calls, snapshot=snapshot)
+            self._last_time = time
+
+    def _pieces_of(self, model: nn.Module | None) -> list[tuple[Piece, ...]]:
+        """The owned pieces in a model that is passed: usually the same one, or the same one less its wrappers."""
+        if model is not None and model is not self._model:
+            layout = select(read_layout(model), self._shapes, partial=self._settings.only_save_diff)
+            found = {tensor.info.fqn: tensor for tensor in layout.tensors}
+            self._pieces = [
+                tuple(Piece(found[piece.info.fqn], piece.box) for piece in pieces) for pieces in self._pieces
+            ]
+            self._model = model
+        return self._pieces
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What rank 0 found or made in storage."""
+
+    info: RunInfo
+    attempt: Attempt
+    parent: runs.Snapshot | None
+
+
+def begin(store: Store, model: nn.Module, ranks: Ranks, settings: Settings, *, resume: bool | int) -> Session:
+    """Collective: agree on who owns what, and begin or continue the run in storage. Errors reach every rank."""
+    layout = ranks.each(lambda: read_layout(model, only_save_diff=settings.only_save_diff))
+    ownership = agree(layout, ranks)
+    start = ranks.on_first(lambda: _start(store, ownership, ranks.size, settings, resume=resume))
+    ranks.each(lambda: _check_same_place(store, start.attempt))
+    return Session(model, layout, ownership, ranks, settings, start, store)
+
+
+def _start(store: Store, ownership: Ownership, world_size: int, settings: Settings, *, resume: bool | int) -> _Start:
+    """On rank 0."""
+    wanted = RunInfo(
+        FORMAT,
+        version("phema-dist"),
+        settings.sigma_rels or DEFAULT_SIGMA_RELS,
+        settings.t_unit,
+        settings.update_after_step,
+        settings.only_save_diff,
+        {i.fqn: TensorFacts(i.shape, DTYPE_NAMES[i.dtype], i.kind) for i in ownership.tensors},
+        ownership.aliases,
+    )
+    run = runs.find_run(store)
+    if run is None:
+        runs.create_run(store, wanted)
+        return _Start(wanted, runs.start_attempt(store, world_size, None), None)
+    newest = run.newest()
+    if resume is False:
+        state = f"its newest complete snapshot is t={newest.t}" if newest else "without a complete snapshot so far"
+        raise RunError(
+            f"{store.url} holds a run already, {state}. Pass resume=True to go on with it, resume=<t> to go on from "
+            "an earlier snapshot, or another checkpoint_dir."
+        )
+    check_sigma_rels(store, run.info, settings)
+    _check_same_tensors(store, run.info, wanted)
+    parent = None if newest is None else run.require_newest(None if resume is True else resume)
+    return _Start(run.info, runs.start_attempt(store, world_size, parent), parent)
+
+
+def check_sigma_rels(store: Store, info: RunInfo, settings: Settings) -> None:
+    """Raise RunError if other sigma_rels are asked for than the run tracks."""
+    if settings.sigma_rels is not None and sorted(settings.sigma_rels) != sorted(info.sigma_rels):
+        raise RunError(
+            f"{store.url} tracks sigma_rels {info.sigma_rels}, which cannot change; got {settings.sigma_rels}. "
+            "Leave sigma_rels out, or begin a new run."
+        )
+
+
+def _check_same_tensors(store: Store, info: RunInfo, wanted: RunInfo) -> None:
+    odd = [fqn for fqn in info.tensors | wanted.tensors if info.tensors.get(fqn) != wanted.tensors.get(fqn)]
+    if odd:
+        fqn = odd[0]
+        raise RunError(
+            f"{store.url} is the run of another model: {len(odd)} tensors differ, the first is {fqn}: "
+            f"{_facts(info.tensors, fqn)} in the run, {_facts(wanted.tensors, fqn)} in the model."
+        )
+
+
+def _facts(tensors: Mapping[str, TensorFacts], fqn: str) -> str:
+    facts = tensors.get(fqn)
+    return "none" if facts is None else f"{facts.kind} {facts.dtype} {list(facts.shape)}"
+
+
+def _check_same_place(store: Store, attempt: Attempt) -> None:
+    """On every rank: what rank 0 has just written must be here too."""
+    key = attempt_key(attempt.number)
+    try:
+        seen = from_json(Attempt, store.get(key), store.describe(key)).token
+    except StorageError as error:
+        raise StorageError(
+            f"every rank must see the same checkpoint_dir; this rank cannot read {store.describe(key)}, which rank 0 "
+            f"has just written: {error} Use a shared folder or an object store."
+        ) from error
+    if seen != attempt.token:
+        raise StorageError(
+            f"every rank must see the same checkpoint_dir; {store.url} here is not what rank 0 sees. Use a shared "
+            "folder or an object store."
+        )

@@ -1,0 +1,73 @@
+"""The averages: one power profile each, updated together, block by block.
+
+An update at t keeps beta = ((t - dt)/t)^(gamma + 1) of the old average, with dt measured since the last update that
+was really applied. So skipped updates, another cadence and a resume are exact without being known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from phema_dist import profile
+
+if TYPE_CHECKING:
+    from phema_dist.training.staging import Segment
+
+# Large enough that taking the interpreter lock again after each block does not matter beside a busy training thread
+# (blocks of 256 K elements take three times as long there), small enough for a block to stay in the cache.
+_BLOCK = 1 << 20
+
+
+class Tracker:
+    """Averages of a rank's segments: `averages[k][s]` is the flat average of profile k, segment s.
+
+    Times are counted from the origin of the run's clock. Not thread-safe: one thread updates, and reads in between.
+    """
+
+    def __init__(self, segments: Sequence[Segment], sigma_rels: Sequence[float]) -> None:
+        self.segments = tuple(s for s in segments if s.averaged)
+        self.gammas = tuple(map(profile.sigma_rel_to_gamma, sigma_rels))
+        self.averages = [[torch.zeros(s.numel, dtype=s.average_dtype) for s in self.segments] for _ in self.gammas]
+        self.history = profile.UpdateHistory()
+        self.num_refused = 0
+        self._scratch = torch.empty(_BLOCK) if any(s.dtype != s.average_dtype for s in self.segments) else None
+
+    @property
+    def t(self) -> int:
+        """Time of the last update that was applied, 0 before the first."""
+        return self.history.last
+
+    def restore(self, history: profile.UpdateHistory) -> None:
+        """Continue from averages that were written into `averages` from a snapshot."""
+        self.history = history
+
+    @torch.no_grad()
+    def update(self, staged: Sequence[torch.Tensor], t: int) -> bool:
+        """Take the staged parameters into all averages at time t; one flat tensor per segment.
+
+        If any of them is not finite nothing is changed, and the next update covers the time of this one too.
+
+        Returns:
+            Whether the averages now include the parameters at t.
+        """
+        blocks = [(s, flat[i : i + _BLOCK], i) for s, flat in enumerate(staged) for i in range(0, flat.numel(), _BLOCK)]
+        if not all(_is_finite(block) for _, block, _ in blocks):
+            self.num_refused += 1
+            return False
+        weights = [profile.update_weight(gamma, t, t - self.t) for gamma in self.gammas]
+        for s, block, start in blocks:
+            source = block
+            if block.dtype != self.segments[s].average_dtype and self._scratch is not None:
+                source = self._scratch[: block.numel()].copy_(block)
+            for averages, weight in zip(self.averages, weights, strict=True):
+                averages[s][start : start + block.numel()].lerp_(source, weight)
+        self.history.append(t)
+        return True
+
+
+def _is_finite(block: torch.Tensor) -> bool:
+    # A sum is one pass at the speed of memory, isfinite() several; a sum can also overflow without a single infinity.
+    return bool(block.sum().isfinite()) or bool(block.isfinite().all())

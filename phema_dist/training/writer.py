@@ -1,0 +1,262 @@
+"""The two background threads: one takes parameters into the averages, one puts snapshots into storage.
+
+    training thread --staged slot--> averages thread --filled images--> storage thread --> store
+
+A slow store can delay or skip the next snapshot, never an update. All queues are bounded. No thread enters a
+collective: a snapshot is complete when all ranks have written, which nobody needs to wait for.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+
+from phema_dist import schedule
+from phema_dist.errors import BackgroundError, RunError, StorageError
+from phema_dist.storage import run as runs
+from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Attempt, Manifest, shard_name
+from phema_dist.storage.snapshot import DTYPE_NAMES, Image, write_snapshot
+from phema_dist.training.staging import NUM_SLOTS, Staging
+
+if TYPE_CHECKING:
+    from phema_dist.storage.store import Store
+    from phema_dist.training.layout import Piece
+    from phema_dist.training.staging import Segment
+    from phema_dist.training.tracker import Tracker
+
+Job = TypeVar("Job")
+_log = logging.getLogger("phema_dist")
+_POLL_SECONDS = 0.01
+
+
+class Worker(Generic[Job]):
+    """A thread that handles jobs in order; if one raises the thread ends, and the next call here says so."""
+
+    def __init__(self, name: str, handle: Callable[[Job], None]) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._handle = handle
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._num_pending = 0
+        # A daemon, so that a store that hangs cannot keep the interpreter from ending.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def num_pending(self) -> int:
+        """Jobs that are queued or being handled."""
+        return self._num_pending
+
+    def wait_until_fewer(self, num_pending: int, timeout: float | None = None) -> bool:
+        """Wait until fewer jobs are pending; False after `timeout` seconds, BackgroundError if the thread failed."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._error or self._num_pending < num_pending, timeout)
+        self.check()
+        return bool(done)
+
+    def check(self) -> None:
+        """Raise BackgroundError if the thread failed."""
+        if self._error is not None:
+            raise BackgroundError(f"{self._thread.name} stopped: {self._error}") from self._error
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Queues stay short because callers wait for the buffers that a job carries."""
+        with self._changed:
+            self._num_pending += 1
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Let the thread end after the jobs that are queued."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._handle(job)
+                with self._changed:
+                    self._num_pending -= 1
+                    self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001  kept for the training thread, which raises it
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Update:
+    """A filled slot on its way into the averages; `snapshot` asks for one at exactly this t."""
+
+    slot: int
+    t: int  # as the user counts it
+    calls: int
+    snapshot: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank writes, and what it writes of itself."""
+
+    store: Store
+    attempt: Attempt
+    rank: int
+    sigma_rels: tuple[float, ...]
+    origin: int
+    max_checkpoints: int
+
+
+@dataclass
+class Counts:
+    """What became of the snapshots of this rank."""
+
+    written: int = 0
+    skipped: int = 0
+    failed: int = 0
+    last_error: str | None = None
+
+
+class Writer:
+    """The background path of one rank, from staged parameters to stored snapshots.
+
+    `update` and `close` are called by the training thread; neither communicates with other ranks.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], tracker: Tracker, place: Place, checkpoint_dtype: torch.dtype | None
+    ) -> None:
+        self.counts = Counts()
+        self._segments, self._tracker, self._place = tuple(segments), tracker, place
+        self._staging = Staging(segments)
+        self._dtype = DTYPE_NAMES[checkpoint_dtype or torch.float32]
+        self._images = [_make_image(segments, checkpoint_dtype) for _ in place.sigma_rels] if segments else []
+        self._documents: dict[str, bytes] = {}  # what rank 0 has read of the run; documents never change
+        self._num_updates = 0
+        self._last: Update | None = None
+        self._averages: Worker[Update] = Worker("phema-averages", self._apply)
+        self._storage: Worker[Manifest] = Worker("phema-storage", self._store)
+
+    def update(self, pieces: Sequence[Sequence[Piece]], t: int, calls: int, *, snapshot: bool) -> None:
+        """Copy the model and queue an update at t; waits only while both slots are still being taken in."""
+        self._storage.check()
+        self._averages.wait_until_fewer(NUM_SLOTS)
+        slot = self._num_updates % NUM_SLOTS
+        self._staging.fill(slot, pieces)
+        self._last = Update(slot, t, calls, snapshot)
+        self._num_updates += 1
+        self._averages.submit(self._last)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until everything queued is in the averages and in storage; False after `timeout` seconds."""
+        return self._averages.wait_until_fewer(1, timeout) and self._storage.wait_until_fewer(1, timeout)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Write a last snapshot, at the last update, and end the threads; False if that took too long."""
+        if self._last is not None and not self._last.snapshot:
+            self._last = replace(self._last, snapshot=True)
+            self._averages.submit(self._last)
+        try:
+            return self.drain(timeout)
+        finally:
+            self._averages.stop()
+            self._storage.stop()
+
+    def abandon(self, timeout: float) -> None:
+        """End the threads after an error elsewhere: store what is queued if that is quick, and raise nothing."""
+        try:
+            self.drain(timeout)
+        except BackgroundError as error:
+            _log.warning("%s", error)
+        self._averages.stop()
+        self._storage.stop()
+
+    def _apply(self, update: Update) -> None:
+        """On the averages thread."""
+        staged = self._staging.slots[update.slot]
+        t = update.t - self._place.origin
+        averaged = [flat for segment, flat in zip(self._segments, staged, strict=True) if segment.averaged]
+        if t > self._tracker.t and not self._tracker.update(averaged, t):
+            _log.warning("t=%d: parameters are not finite and do not enter the averages", update.t)
+        if update.snapshot:
+            self._snapshot(update, staged, None if self._tracker.t == t else "its parameters are not finite")
+
+    def _snapshot(self, update: Update, staged: Sequence[torch.Tensor], refused: str | None) -> None:
+        # The buffers of the snapshot before may still be on their way. Wait for them, but never let training wait.
+        while self._storage.num_pending:
+            if self._averages.num_pending >= NUM_SLOTS:
+                self.counts.skipped += 1
+                _log.warning("t=%d: no snapshot, storage is still busy with the one before", update.t)
+                return
+            self._storage.wait_until_fewer(1, _POLL_SECONDS)
+        place = self._place
+        if refused is None:
+            refused = self._fill_images(staged)
+        manifest = Manifest(
+            FORMAT, update.t, place.attempt.number, place.attempt.token, place.rank, place.attempt.world_size,
+            update.calls, self._tracker.history.knots, self._dtype, BLOCK_BYTES, files=(), refused=refused,
+        )  # fmt: skip
+        self._storage.submit(manifest)
+
+    def _fill_images(self, staged: Sequence[torch.Tensor]) -> str | None:
+        """Copy averages and buffers into the images; says why not if they do not fit."""
+        for image, averages in zip(self._images, self._tracker.averages, strict=False):
+            left = iter(averages)
+            for segment, flat, data in zip(self._segments, staged, image.data, strict=True):
+                data.copy_(next(left) if segment.averaged else flat)
+                if segment.averaged and data.dtype == torch.float16 and not bool(data.isfinite().all()):
+                    return "an average exceeds the range of float16; use bfloat16 or float32 as checkpoint_dtype"
+        return None
+
+    def _store(self, manifest: Manifest) -> None:
+        """On the storage thread."""
+        place = self._place
+        try:
+            if place.rank == 0 and (newest := runs.newest_attempt(place.store)) != place.attempt.number:
+                raise RunError(
+                    f"attempt {place.attempt.number} of {place.store.url} is superseded by attempt {newest}: another "
+                    "job continues this run. Stop one of them, or give each its own folder."
+                )
+            images = [] if manifest.refused else [
+                (shard_name(sigma_rel, place.rank), sigma_rel, image)
+                for sigma_rel, image in zip(place.sigma_rels, self._images, strict=False)
+            ]  # fmt: skip
+            write_snapshot(place.store, manifest, images)
+            if place.rank == 0:
+                self._prune(manifest.t)
+        except StorageError as error:
+            self.counts.failed += 1
+            self.counts.last_error = str(error)
+            _log.warning("t=%d: the snapshot is lost, training goes on: %s", manifest.t, error)
+        else:
+            self.counts.written += 1
+
+    def _prune(self, t: int) -> None:
+        """On rank 0: delete what retention no longer needs, counting the snapshot at t, which may not be whole yet."""
+        place = self._place
+        run = runs.open_run(place.store, self._documents)
+        newest = run.newest()
+        if newest is None:
+            return
+        ts = {s.t for s in run.complete} | {t}
+        keep = schedule.snapshots_to_keep(
+            [x - place.origin for x in ts], place.sigma_rels, place.max_checkpoints,
+            protected={x - place.origin for x in run.pins | {newest.t}},
+        )  # fmt: skip
+        outlived = [s for s in run.abandoned if newest.attempt == place.attempt.number and s.t <= newest.t]
+        for snapshot in [*(s for s in run.complete if s.t - place.origin not in keep), *outlived]:
+            runs.delete_snapshot(place.store, snapshot.folder)
+
+
+def _make_image(segments: Sequence[Segment], checkpoint_dtype: torch.dtype | None) -> Image:
+    return Image([(stored_dtype(s, checkpoint_dtype), [(p.info.fqn, p.box) for p in s.pieces]) for s in segments])
+
+
+def stored_dtype(segment: Segment, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a segment in a snapshot: float32 averages become `checkpoint_dtype`, others stay as they are."""
+    if segment.averaged and segment.average_dtype == torch.float32 and checkpoint_dtype is not None:
+        return checkpoint_dtype
+    return segment.average_dtype

@@ -1,0 +1,33 @@
+"""Fixtures: an S3 server for the session, a fresh bucket for a test, and one test run on every kind of storage."""
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from s3_server import S3Server
+
+Target = tuple[str, dict[str, Any]]  # a url and its storage_options
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server) -> Target:
+    """A folder in a bucket that only this test uses."""
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    s3_server.filesystem().mkdir(bucket)
+    return f"s3://{bucket}/run", s3_server.options()
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def any_store_url(request: pytest.FixtureRequest) -> Target:
+    """The same test, once on a local disk and once on S3."""
+    if request.param == "s3":
+        target: Target = request.getfixturevalue("s3_url")
+        return target
+    return str(request.getfixturevalue("tmp_path") / "run"), {}
