@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the data stays; a temporary folder if not given")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        signal.signal(signal.SIGTERM, lambda *_: exit_())
+        signal.signal(signal.SIGTERM, _stop)
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phema-s3-")))
         folder.mkdir(parents=True, exist_ok=True)
         server = stack.enter_context(S3Server(folder.resolve()))
@@ -200,7 +200,8 @@ def main() -> None:
             signal.pause()
 
 
-def exit_() -> None:
+def _stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
     raise KeyboardInterrupt
 
 

@@ -409,7 +409,7 @@ def num_uploads(server: S3Server, url: str) -> int:
 def test_an_endpoint_that_does_not_answer_is_one_error_in_time(
     proxy: ChaosProxy, s3_server: S3Server, s3_url: tuple[str, dict[str, Any]], fault: str
 ) -> None:
-    store = open_store(s3_url[0], s3_server.options(endpoint=proxy.endpoint), deadline_seconds=2)
+    store = open_store(s3_url[0], s3_server.options(endpoint=proxy.endpoint), deadline_seconds=1)
     setattr(proxy, fault, True)
 
     def seconds(verb: Any) -> float:

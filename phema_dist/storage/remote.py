@@ -34,8 +34,8 @@ _PAST_THE_END = 416
 _TAKEN = 412
 _REFUSED = {401, 403}
 _TRANSIENT = {408, 409, 429}
-NO_UPLOAD = "NoSuchUpload"  # completed, and the reply lost; or aborted by somebody
-_TRANSIENT_CODES = {NO_UPLOAD, "RequestTimeout"}
+_NO_UPLOAD = "NoSuchUpload"  # completed, and the reply lost; or aborted by somebody
+_TRANSIENT_CODES = {_NO_UPLOAD, "RequestTimeout"}
 _NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -114,9 +114,9 @@ class Write(NamedTuple):
 class FsspecStore:
     """Objects below any URL that fsspec knows.
 
-    A put asks for `mode="create"`. Where a filesystem has no atomic form of that (fsspec's plain ones), it is a look
-    and then a write: two simultaneous creators of one key may both succeed. Folders are never made: this is for
-    stores that need none.
+    A put looks whether the key is free, then asks for `mode="create"`. Where a filesystem has no atomic form of that
+    (many ignore it), two simultaneous creators of one key may both succeed. Folders are never made: this is for
+    stores that need none. Only `S3Store` is known to keep the whole promise.
 
     Transient errors (connection, timeout, 5xx, 409, 429) are retried until the deadline; one attempt may use half of
     it. A retry may meet what an earlier attempt wrote, its reply lost: then the bytes there are compared with ours.
@@ -140,7 +140,7 @@ class FsspecStore:
                 self._create(client, write, seconds)
             except Exception as error:
                 answer = answer_of(error)
-                ambiguous = answer.taken or answer.code == NO_UPLOAD
+                ambiguous = answer.taken or answer.code == _NO_UPLOAD
                 if not ambiguous or not self._made(client, write, seconds):
                     raise
 
@@ -242,6 +242,8 @@ class FsspecStore:
         return Client(filesystem, root, threading.Lock())
 
     def _create(self, client: Client, write: Write, seconds: float) -> None:
+        if client.filesystem.async_impl and client.call(seconds, "exists", write.path):
+            raise FileExistsError(write.path)
         client.call(seconds, "pipe_file", write.path, write.data, mode="create")
 
     def _made(self, client: Client, write: Write, seconds: float) -> bool:

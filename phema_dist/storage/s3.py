@@ -100,9 +100,9 @@ class S3Store(FsspecStore):
                 pass  # it was completed, or is gone
             except Exception as error:  # noqa: BLE001  what failed first is what must be raised
                 _log.warning(
-                    "could not abort upload %s of %s (%s); a lifecycle rule of the bucket removes such remains",
+                    "could not abort upload %s of s3://%s (%s); a lifecycle rule of the bucket removes such remains",
                     upload,
-                    self.describe(name),
+                    write.path,
                     self.said(error),
                 )
             raise

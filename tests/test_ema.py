@@ -1,0 +1,540 @@
+"""PostHocEMA in one process: the promises that a training loop relies on."""
+
+import inspect
+import json
+import logging
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from phema_dist import BackgroundError, LayoutError, PostHocEMA, RunError, SettingsError, SnapshotError, synthesize
+from phema_dist.storage.run import open_run
+from phema_dist.storage.store import LocalStore, open_store
+
+
+class Clock(nn.Module):
+    """A model whose parameter is the unit vector of the current step: its averages show their own profile."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_steps + 1))
+
+    @torch.no_grad()
+    def set(self, t: int) -> None:
+        self.weight.zero_()
+        self.weight[t] = 1
+
+
+def tracked(gamma: float, times: list[int], size: int) -> np.ndarray:
+    """The average of unit vectors, by the recursion as the paper writes it, in float64."""
+    average, before = np.zeros(size), 0
+    for t in times:
+        average *= (1 - (t - before) / t) ** (gamma + 1)
+        average[t] += 1 - (1 - (t - before) / t) ** (gamma + 1)
+        before = t
+    return average
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """By bisection, sharing nothing with the library."""
+    low, high = 0.0, 1e4
+    for _ in range(200):
+        middle = (low + high) / 2
+        wide = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > sigma_rel**2
+        low, high = (middle, high) if wide else (low, middle)
+    return low
+
+
+def relative_width(profile: np.ndarray, times: list[int]) -> float:
+    """Standard deviation over t, each update's mass spread over the time since the one before."""
+    ends = np.array(times, dtype=float)
+    starts = np.array([0, *times[:-1]], dtype=float)
+    mass = profile[times]
+    mean = (mass * (starts + ends) / 2).sum()
+    second = (mass * (starts**2 + starts * ends + ends**2) / 3).sum()
+    return float(math.sqrt(second - mean**2) / times[-1])
+
+
+@pytest.mark.parametrize("update_every", [1, 7, 10])
+def test_a_run_keeps_the_profile_that_was_asked_for_at_any_cadence(tmp_path: Path, update_every: int) -> None:
+    num_steps, sigma_rels = 2000, (0.05, 0.10, 0.28)
+    model = Clock(num_steps)
+    with PostHocEMA.from_model(
+        model, tmp_path / "run", sigma_rels=sigma_rels, update_every=update_every, checkpoint_every=100
+    ) as ema:
+        for t in range(1, num_steps + 1):
+            model.set(t)
+            ema.update_(model)
+    times = sorted({*range(update_every, num_steps + 1, update_every), *range(100, num_steps + 1, 100)})
+    *stored, between = synthesize(tmp_path / "run", [*sigma_rels, 0.15])
+    for sigma_rel, average in zip(sigma_rels, stored, strict=True):
+        profile = average.state_dict["weight"].double().numpy()
+        assert relative_width(profile, times) == pytest.approx(sigma_rel, rel=0.02)
+        np.testing.assert_allclose(profile, tracked(gamma_of(sigma_rel), times, num_steps + 1), atol=1e-7)
+
+    wanted = tracked(gamma_of(0.15), times, num_steps + 1)
+    per_interval = 1 / np.diff([0, *times])
+    error = between.state_dict["weight"].double().numpy() - wanted
+    measured = math.sqrt((error[times] ** 2 * per_interval).sum() / (wanted[times] ** 2 * per_interval).sum())
+    assert measured == pytest.approx(between.certificate.recorded_error, rel=0.01)
+    assert between.certificate.profile_error == pytest.approx(measured, rel=0.1)
+
+
+def test_a_late_origin_does_not_bend_the_profile(tmp_path: Path) -> None:
+    model = Clock(1500)
+    with PostHocEMA.from_model(
+        model, tmp_path / "run", update_every=1, checkpoint_every=300, update_after_step=500
+    ) as ema:
+        for t in range(1, 1501):
+            model.set(t)
+            ema.update_(model)
+    (average,) = synthesize(tmp_path / "run", [0.05])
+    profile = average.state_dict["weight"].double().numpy()
+    assert profile[:501].sum() == 0
+    np.testing.assert_allclose(profile[501:], tracked(gamma_of(0.05), list(range(1, 1001)), 1001)[1:], atol=1e-7)
+
+
+def test_time_may_count_anything_that_grows(tmp_path: Path) -> None:
+    """Batches of 64, then of 128: one average over images."""
+    model = Clock(300)
+    images = [64 * i for i in range(1, 151)] + [64 * 150 + 128 * i for i in range(1, 151)]
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=100, t_unit="images") as ema:
+        for step, t in enumerate(images, 1):
+            model.set(step)
+            ema.update_(model, t=t)
+        assert ema.t == images[-1]
+    (average,) = synthesize(tmp_path / "run", [0.05])
+    assert average.t == images[-1]
+    profile = np.zeros(images[-1] + 1)
+    profile[images] = average.state_dict["weight"].double().numpy()[1:]
+    assert relative_width(profile, images) == pytest.approx(0.05, rel=0.02)
+
+
+def test_averages_keep_moving_in_a_long_run(tmp_path: Path) -> None:
+    """At T = 2e5, an update every step: an fp32 average that takes in every one of them loses 17% of its movement."""
+    num_steps, sigma_rel = 200_000, 0.28
+    generator = torch.Generator().manual_seed(0)
+    start = 1 + torch.randn(64, generator=generator, dtype=torch.float64) * 0.1
+    drift = torch.randn(64, generator=generator, dtype=torch.float64) * 0.01
+    noise = torch.randn(1000, 64, generator=generator, dtype=torch.float64) * 0.001
+    model = nn.Linear(64, 1, bias=False)
+    average, gamma = start.clone(), gamma_of(sigma_rel)
+    with (
+        torch.no_grad(),
+        PostHocEMA.from_model(
+            model, tmp_path / "run", sigma_rels=(sigma_rel,), update_every=1, checkpoint_every=num_steps
+        ) as ema,
+    ):
+        for t in range(1, num_steps + 1):
+            now = start + drift * (t / num_steps) + noise[t * 7919 % 1000]
+            average.lerp_(now, 1 - (1 - 1 / t) ** (gamma + 1))
+            model.weight.copy_(now[None])
+            ema.update_(model)
+    (found,) = synthesize(tmp_path / "run", [sigma_rel])
+    lost = (found.state_dict["weight"][0].double() - average).norm() / (average - start).norm()
+    assert lost < 0.01
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_synthesizing_a_stored_profile_at_a_stored_t_returns_its_bits(
+    tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    model = nn.Sequential(nn.Linear(33, 65), nn.BatchNorm1d(65))
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=3, checkpoint_every=10, checkpoint_dtype=dtype) as ema:
+        for _ in range(40):
+            perturb(model)
+            ema.update_(model)
+    # Read with safetensors' own reader, not with ours.
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    for t in (20, 40):
+        for found in synthesize(tmp_path / "run", [0.05, 0.28], t=t):
+            folder = tmp_path / f"run/snapshots/{t:012d}-a0/sigma_rel-{found.sigma_rel}"
+            stored = load_file(folder / "rank-00000.safetensors")
+            assert found.certificate.num_snapshots == 1
+            assert found.state_dict.keys() == stored.keys()
+            for name, tensor in stored.items():
+                wanted = tensor.float() if name != "1.num_batches_tracked" else tensor
+                assert torch.equal(bits(found.state_dict[name]), bits(wanted))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
+@torch.no_grad()
+def perturb(model: nn.Module) -> None:
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+        else:
+            tensor.add_(1)
+
+
+def trained(url: str | Path, num_steps: int = 100, **settings: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    with PostHocEMA.from_model(model, url, **{"update_every": 1, "checkpoint_every": 10, **settings}) as ema:  # type: ignore[arg-type]
+        for _ in range(num_steps):
+            perturb(model)
+            ema.update_(model)
+            ema._session.writer.drain()
+    return model
+
+
+def test_a_run_is_not_overwritten_but_continued(tmp_path: Path) -> None:
+    model = trained(tmp_path / "run")
+    with pytest.raises(RunError, match=r"holds a run already, its newest complete snapshot is t=100.*resume=True"):
+        PostHocEMA.from_model(model, tmp_path / "run")
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=45)
+    assert ema.t == 40
+    ema.close()
+    run = open_run(open_store(tmp_path / "run"))
+    assert [s.t for s in run.complete] == [10, 20, 30, 40]
+    assert [s.t for s in run.abandoned] == [50, 60, 70, 80, 90, 100]
+    assert run.attempts[-1].parent == 0
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    def steps(model: nn.Module, ema: PostHocEMA, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            torch.manual_seed(step)
+            perturb(model)
+            ema.update_(model)
+            ema._session.writer.drain()
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16))
+
+    every = {"update_every": 3, "checkpoint_every": 10}
+    whole, model = tmp_path / "whole", fresh()
+    with PostHocEMA.from_model(model, whole, **every) as ema:
+        steps(model, ema, 1, 60)
+    parts, model = tmp_path / "parts", fresh()
+    with PostHocEMA.from_model(model, parts, **every) as ema:
+        steps(model, ema, 1, 30)
+    with PostHocEMA.from_model(model, parts, **every, resume=True) as ema:
+        steps(model, ema, 31, 50)
+    with PostHocEMA.from_path(parts, model, **every) as ema:
+        steps(model, ema, 51, 60)
+    for a, b in zip(synthesize(whole, [0.05, 0.1, 0.28]), synthesize(parts, [0.05, 0.1, 0.28]), strict=True):
+        assert a.certificate == b.certificate
+        assert all(torch.equal(bits(x), bits(b.state_dict[name])) for name, x in a.state_dict.items())
+
+
+def test_resume_begins_afresh_where_nothing_is_stored(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    PostHocEMA.from_model(model, tmp_path / "run", resume=True).close()
+    PostHocEMA.from_model(model, tmp_path / "run", resume=700).close()
+    assert len(open_run(open_store(tmp_path / "run")).attempts) == 2
+
+
+def test_a_run_of_another_model_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 10)
+    with pytest.raises(RunError, match=r"another model: 1 tensors differ, the first is 1\.weight: .*\[4, 16\].*\[4, 17\]"):
+        PostHocEMA.from_model(
+            nn.Sequential(nn.Linear(8, 16), nn.Linear(17, 4)), tmp_path / "run", resume=True
+        )
+    with pytest.raises(RunError, match=r"tracks sigma_rels \(0\.05, 0\.28\), which cannot change; got \(0\.05, 0\.1\)"):
+        PostHocEMA.from_path(tmp_path / "run", sigma_rels=(0.05, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sigma_rels": (0.05, 0.35)}, r"sigma_rel must lie in \(0, 0\.28867\].*got 0\.35"),
+        ({"sigma_rels": ()}, "one or more"),
+        ({"sigma_rels": (0.1, 0.1)}, "different"),
+        ({"update_every": 0}, "update_every must be an integer of at least 1; got 0"),
+        ({"max_checkpoints": 0}, "max_checkpoints must be"),
+        ({"checkpoint_dtype": torch.int8}, r"checkpoint_dtype must be .*; got torch\.int8"),
+        ({"calculation_dtype": torch.float16}, "calculation_dtype must be float32 or float64"),
+        ({"checkpoint_dir": "nosuch://bucket/run"}, "nosuch"),
+    ],
+)
+def test_bad_settings_are_told_before_anything_is_stored(
+    tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PostHocEMA.from_model(nn.Linear(2, 2), **{"checkpoint_dir": tmp_path / "run", **settings})  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_time_must_grow(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, tmp_path / "run") as ema:
+        ema.update_(model, t=50)
+        with pytest.raises(SettingsError, match=r"got t=50 after t=50.*resume=50"):
+            ema.update_(model, t=50)
+    with pytest.raises(SettingsError, match="closed"):
+        ema.update_(model)
+
+
+def test_a_changed_model_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1)
+    ema.update_(model)
+    model[1].weight = nn.Parameter(torch.zeros(1, 3))
+    with pytest.raises(LayoutError, match=r"1\.weight must stay .*\(3, 3\).*found torch.float32 \(1, 3\)"):
+        ema.update_(model)
+    with pytest.raises(LayoutError, match=r"2\.weight is not in the run and \(3, 3\) in the model"):
+        ema.update_(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)))
+    ema.close()
+
+
+def test_an_incomplete_snapshot_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained(tmp_path / "run")
+    snapshots = tmp_path / "run/snapshots"
+    (snapshots / "000000000050-a0/rank-00000-of-00001.json").unlink()
+    (snapshots / "000000000070-a0/sigma_rel-0.28/rank-00000.safetensors").unlink()
+    (snapshots / "000000000100-a0/sigma_rel-0.05/rank-00000.safetensors").write_bytes(b"cut short")
+    run = open_run(open_store(tmp_path / "run"))
+    assert [s.t for s in run.complete] == [10, 20, 30, 40, 60, 80, 90]
+    problems = {s.t: s.problem for s in run.snapshots if s.problem}
+    assert problems[50] == "manifests of rank 0 of 1 are missing"
+    assert problems[70] == "sigma_rel-0.28/rank-00000.safetensors of rank 0 is missing"
+    assert "has 9 bytes instead of" in str(problems[100])
+    with caplog.at_level(logging.WARNING):
+        (found,) = synthesize(tmp_path / "run", [0.1])
+    assert found.t == 90
+    assert found.certificate.num_snapshots == 7
+    assert [text.partition(":")[0] for text in found.certificate.left_out] == ["t=50", "t=70"]
+    assert "left out an incomplete snapshot, t=50" in caplog.text
+
+
+def test_a_flipped_byte_is_refused_naming_the_file(tmp_path: Path) -> None:
+    trained(tmp_path / "run")
+    path = tmp_path / "run/snapshots/000000000080-a0/sigma_rel-0.05/rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    for position in (len(content) - 3, 20):
+        content[position] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(SnapshotError, match=r"000000000080-a0/sigma_rel-0\.05/rank-00000\.safetensors.*checksum"):
+            synthesize(tmp_path / "run", [0.1])
+        content[position] ^= 1
+
+
+def test_without_any_complete_snapshot_the_error_says_what_to_wait_for(tmp_path: Path) -> None:
+    with PostHocEMA.from_model(nn.Linear(2, 2), tmp_path / "run") as ema:
+        with (
+            pytest.raises(SnapshotError, match=r"no complete snapshot yet.*checkpoint_every"),
+            ema.state_dict(sigma_rel=0.1),
+        ):
+            pass
+    with pytest.raises(RunError, match=r"must hold a run of phema-dist; there is no run\.json"):
+        PostHocEMA.from_path(tmp_path / "elsewhere")
+
+
+def test_updates_go_on_while_a_put_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, original, hung = threading.Event(), LocalStore.put, threading.Event()
+
+    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
+        if "000000000010" in key and not released.is_set():
+            hung.set()
+            assert released.wait(60)
+        original(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    model = nn.Linear(16, 16)
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10)
+    for _ in range(10):
+        perturb(model)
+        ema.update_(model)
+    assert hung.wait(60)
+    for _ in range(500):  # would never end if an update, or a snapshot, waited for storage
+        perturb(model)
+        ema.update_(model)
+    ema._session.writer._averages.wait_until_fewer(1)
+    assert ema._session.tracker.t == 510
+    assert not released.is_set()
+    assert ema._session.writer.counts.skipped > 0
+    released.set()
+    ema.close()
+    complete = [s.t for s in open_run(open_store(tmp_path / "run")).complete]
+    assert complete[0] == 10
+    assert complete[-1] == 510
+
+
+def test_a_failed_put_costs_that_snapshot_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = LocalStore.put
+
+    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
+        if "000000000030" in key and key.endswith("0.28/rank-00000.safetensors"):
+            raise __import__("phema_dist").StorageError("the disk is full")
+        original(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    trained(tmp_path / "run", 50)
+    run = open_run(open_store(tmp_path / "run"))
+    assert [s.t for s in run.complete] == [10, 20, 40, 50]
+    assert "t=30: the snapshot is lost, training goes on: the disk is full" in caplog.text
+
+
+def test_a_dead_thread_is_told_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+    model = nn.Linear(4, 4)
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2)
+    monkeypatch.setattr(LocalStore, "put", put)
+    with pytest.raises(BackgroundError, match="phema-storage stopped: a bug of ours") as caught:
+        for _ in range(10_000):
+            ema.update_(model)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(BackgroundError):
+        ema.close()
+
+
+def test_non_finite_parameters_never_enter_an_average(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(60, 4, 4)
+
+    def run(url: Path, *, broken: bool) -> dict[str, torch.Tensor]:
+        model = nn.Linear(4, 4, bias=False)
+        with (
+            torch.no_grad(),
+            PostHocEMA.from_model(model, url, update_every=1, checkpoint_every=20) as ema,
+        ):
+            for t in range(1, 61):
+                model.weight.copy_(values[t - 1])
+                if 25 <= t <= 45 and broken:
+                    model.weight[2, 1] = float("nan") if t % 2 else float("inf")
+                if broken or not 25 <= t <= 45:
+                    ema.update_(model, t=t)
+                ema._session.writer.drain()
+        return synthesize(url, [0.28])[0].state_dict
+
+    broken, skipped = run(tmp_path / "broken", broken=True), run(tmp_path / "skipped", broken=False)
+    assert torch.equal(broken["weight"], skipped["weight"])
+    incomplete = [s for s in open_run(open_store(tmp_path / "broken")).snapshots if s.problem]
+    assert [s.t for s in incomplete] == [40]
+    assert "its parameters are not finite" in str(incomplete[0].problem)
+
+
+def test_large_values_are_not_taken_for_infinities(tmp_path: Path) -> None:
+    model = nn.Linear(1000, 100, bias=False)
+    with torch.no_grad(), PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+        model.weight.fill_(1e38)  # a sum of them overflows
+        ema.update_(model)
+    assert synthesize(tmp_path / "run", [0.05])[0].state_dict["weight"].eq(1e38).all()
+
+
+def test_an_average_beyond_float16_is_refused_not_stored_as_infinity(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    with PostHocEMA.from_model(
+        model, tmp_path / "run", update_every=1, checkpoint_every=1, checkpoint_dtype=torch.float16
+    ) as ema:
+        ema.update_(model)
+        ema._session.writer.drain()
+        with torch.no_grad():
+            model.weight.fill_(1e6)
+        ema.update_(model)
+    run = open_run(open_store(tmp_path / "run"))
+    assert [s.t for s in run.complete] == [1]
+    assert "exceeds the range of float16" in str(run.snapshots[-1].problem)
+
+
+def test_retention_keeps_the_number_asked_for_and_never_the_last_ones_only(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 400, max_checkpoints=6)
+    complete = [s.t for s in open_run(open_store(tmp_path / "run")).complete]
+    assert len(complete) == 6
+    assert complete[-1] == 400
+    assert complete[0] < 200
+
+
+def test_pinned_snapshots_stay(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "run")
+    store.put("pins/30", b"")
+    trained(tmp_path / "run", 200, max_checkpoints=2)
+    assert 30 in [s.t for s in open_run(store).complete]
+
+
+def test_a_later_attempt_supersedes_the_older_one(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    older = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5)
+    newer = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5, resume=True)
+    with pytest.raises(BackgroundError, match=r"attempt 0 of .* is superseded by attempt 1"):
+        for _ in range(10_000):
+            older.update_(model)
+    for _ in range(5):
+        newer.update_(model)
+    newer.close()
+    assert [(s.t, s.attempt) for s in open_run(open_store(tmp_path / "run")).complete] == [(5, 1)]
+
+
+def test_close_writes_a_last_snapshot(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=4) as ema:
+        for _ in range(43):
+            ema.update_(model)
+    (snapshot,) = open_run(open_store(tmp_path / "run")).complete
+    assert snapshot.t == 40
+
+
+def test_only_save_diff_leaves_frozen_parameters_out(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1, only_save_diff=True) as ema:
+        ema.update_(model)
+        with ema.state_dict(sigma_rel=0.1) as state:
+            assert set(state) == {"1.weight", "1.bias"}
+            model.load_state_dict(state, strict=False)
+        with ema.model(model, sigma_rel=0.1):
+            pass
+
+
+def test_reading_and_writing_touch_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle  # noqa: PLC0415, S403
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("pickle was used")
+
+    for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    model = trained(tmp_path / "run", 20)
+    with PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15) as state:
+        model.load_state_dict(state)
+
+
+def test_manifests_hold_what_a_stranger_needs(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 10)
+    manifest = json.loads((tmp_path / "run/snapshots/000000000010-a0/rank-00000-of-00001.json").read_text())
+    assert manifest["updates"] == [[10, 10]]
+    assert manifest["format"] == 1
+    assert json.loads((tmp_path / "run/attempts/0.json").read_text())["token"] == manifest["token"]
+
+
+def test_host_memory_is_what_is_promised(tmp_path: Path) -> None:
+    """4 bytes per element and profile of averages, two staging buffers, one snapshot buffer per profile."""
+    model = nn.Linear(1000, 1000, bias=False).bfloat16()
+    ema = PostHocEMA.from_model(model, tmp_path / "run", checkpoint_dtype=torch.bfloat16)
+    writer, elements = ema._session.writer, 1_000_000
+    assert sum(flat.nbytes for average in ema._session.tracker.averages for flat in average) == 2 * 4 * elements
+    assert sum(flat.nbytes for slot in writer._staging.slots for flat in slot) == 2 * 2 * elements
+    assert sum(len(image.buffer) for image in writer._images) == pytest.approx(2 * 2 * elements, rel=0.01)
+    ema.close()
+
+
+def test_the_signatures_are_the_predecessors(tmp_path: Path) -> None:
+    def positional(function: object) -> list[str]:
+        parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+        return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+
+    assert positional(PostHocEMA.from_model) == [
+        "model", "checkpoint_dir", "max_checkpoints", "sigma_rels", "update_every", "checkpoint_every",
+        "checkpoint_dtype", "calculation_dtype", "only_save_diff", "update_after_step",
+    ]  # fmt: skip
+    assert positional(PostHocEMA.from_path) == [
+        "checkpoint_dir", "model", "max_checkpoints", "sigma_rels", "update_every", "checkpoint_every",
+        "checkpoint_dtype", "only_save_diff",
+    ]  # fmt: skip
+    assert positional(PostHocEMA.model) == ["model", "sigma_rel", "step", "calculation_dtype"]
+    assert positional(PostHocEMA.state_dict) == ["sigma_rel", "step", "calculation_dtype"]
