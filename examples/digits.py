@@ -47,7 +47,7 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """D(x; sigma, label): the expected clean image, given one with Gaussian noise of deviation sigma added."""
 
-    def __init__(self, width: int = 128, num_blocks: int = 4, dropout: float = 0.2) -> None:
+    def __init__(self, width: int = 128, num_blocks: int = 3, dropout: float = 0.2) -> None:
         super().__init__()
         self.read = nn.Linear(NUM_PIXELS, width)
         self.noise = nn.Linear(32, width)

@@ -10,9 +10,9 @@ import matplotlib as mpl
 import torch
 from digits import Denoiser, denoising_loss, frechet_distance, load_digits, sample, train_classifier
 from matplotlib import pyplot as plt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from phema_dist import synthesize
+from phema_dist import synthesize, synthesize_files
 
 SIGMA_RELS = (0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.11, 0.135, 0.165, 0.2, 0.24, 0.28)
 BLUE, ORANGE = "#0072B2", "#D55E00"  # two that everyone can tell apart (Okabe and Ito)
@@ -86,8 +86,9 @@ def main() -> None:
     print("\n".join(lines))
 
     plot(rows, raw, args.out / "sweep.png")
-    save_file(averages[best].state_dict, args.out / "best.safetensors")
-    print(f"best by Fréchet distance: sigma_rel = {rows[best][0]:g}, {rows[best][2]:.3f} against {raw[1]:.3f} raw")
+    sigma_rel, _, distance = rows[best]
+    synthesize_files(args.checkpoint_dir, {sigma_rel: args.out / "best.safetensors"}, overwrite=True)
+    print(f"best by Fréchet distance: sigma_rel = {sigma_rel:g}, {distance:.3f} against {raw[1]:.3f} raw")
 
 
 if __name__ == "__main__":

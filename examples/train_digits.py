@@ -21,7 +21,7 @@ from phema_dist import PostHocEMA
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--wrapper", choices=["ddp", "fsdp2"], default="ddp")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32, help="of each process")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="constant, start to end")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,49 @@
+# Everything runs in its own virtual environment, made on first use from constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+WRAPPER ?= ddp
+OUT ?= demo
+CHECKPOINT_DIR ?= $(OUT)/run-$(WRAPPER)-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint types bench venv clean
+
+# Train on real data with two ranks, sweep sigma_rel, write the best checkpoint and a picture.
+demo: $(READY)
+	mkdir -p $(OUT)
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_digits.py \
+		--wrapper $(WRAPPER) --checkpoint-dir $(CHECKPOINT_DIR) --out $(OUT)/raw.safetensors
+	$(BIN)/phema ls $(CHECKPOINT_DIR)
+	$(BIN)/python examples/sweep_digits.py \
+		--checkpoint-dir $(CHECKPOINT_DIR) --raw $(OUT)/raw.safetensors --out $(OUT)
+	@echo "see $(OUT)/sweep.png, $(OUT)/sweep.md and $(OUT)/best.safetensors"
+
+# All tests, the S3 server included: it comes with the environment and is started by the tests that need it.
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/synthesis.py
+
+venv: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[s3,plot,demo,dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,112 @@
+"""The house of design.md: who may import whom, and who owns which effect."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import phema_dist
+
+PACKAGE = Path(phema_dist.__file__).parent
+# From the ground up: a module may import only what stands before it.
+ORDER = [
+    "errors", "profile", "schedule", "shard", "ranks",
+    "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
+    "storage.run",
+    "training.layout", "training.staging", "training.tracker", "training.writer", "training.session", "training.swap",
+    "synthesis.recipe", "synthesis.stream", "synthesis.consolidate",
+    "plot", "ema", "cli",
+]  # fmt: skip
+EXEMPT = {"__init__", "__main__", "storage.__init__", "training.__init__", "synthesis.__init__"}
+OWNERS = {
+    "fsspec": {"storage.remote", "storage.s3"},
+    "s3fs": set(),
+    "botocore": set(),
+    "obstore": set(),
+    "matplotlib": {"plot"},
+    "argparse": {"cli"},
+    "tqdm": {"cli"},
+    "concurrent": {"synthesis.stream"},
+    "pickle": set(),
+    "torch.distributed": {"ranks", "training.layout", "ema"},
+}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name, ast.parse(path.read_text())
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name for name, _ in modules()} - EXEMPT == set(ORDER)
+
+
+def test_imports_point_upwards() -> None:
+    for name, tree in modules():
+        if name in EXEMPT:
+            continue
+        for imported in imports(tree):
+            inner = imported.removeprefix("phema_dist.")
+            if inner == imported:
+                continue
+            home = next(module for module in reversed(ORDER) if f"{inner}.".startswith(f"{module}."))
+            assert ORDER.index(home) < ORDER.index(name), f"{name} imports {imported}"
+            assert not (name.startswith("synthesis.") and home.startswith("training.")), f"{name} imports {imported}"
+            assert not (name.startswith("training.") and home.startswith("synthesis.")), f"{name} imports {imported}"
+
+
+def test_every_effect_has_one_owner() -> None:
+    for name, tree in modules():
+        for imported in imports(tree):
+            for effect, owners in OWNERS.items():
+                if f"{imported}.".startswith(f"{effect}."):
+                    assert name in owners, f"{name} imports {imported}"
+
+
+def test_threads_are_started_in_two_places_and_printing_is_done_in_one() -> None:
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called != "print" or name == "cli", f"{name} prints"
+            assert called != "threading.Thread" or name == "training.writer", f"{name} starts a thread"
+
+
+def test_collectives_are_called_in_ranks_only() -> None:
+    collectives = {"all_gather_object", "broadcast_object_list", "all_reduce", "barrier", "all_gather", "broadcast"}
+    for name, tree in modules():
+        calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+        called = {function.attr for function in calls if isinstance(function, ast.Attribute)}
+        assert name == "ranks" or not called & collectives, f"{name} calls {called & collectives}"
+
+
+def test_modules_stay_readable() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+def test_importing_costs_nothing_that_is_not_used() -> None:
+    code = (
+        "import sys, phema_dist; dir(phema_dist); phema_dist.PostHocEMA, phema_dist.synthesize; "
+        "print([m for m in ('torch.distributed.tensor', 'torch.distributed.checkpoint', 'matplotlib', 's3fs', 'PIL', "
+        "'lightning') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_exactly_these() -> None:
+    assert sorted(phema_dist.__all__) == dir(phema_dist)
+    for name in phema_dist.__all__:
+        assert getattr(phema_dist, name).__module__.startswith("phema_dist.")

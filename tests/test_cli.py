@@ -1,0 +1,173 @@
+"""The command line, called as a person would."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Target
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from phema_dist import PostHocEMA, synthesize
+from phema_dist.cli import main
+
+
+@pytest.fixture
+def run(any_store_url: Target) -> Target:
+    url, options = any_store_url
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model[1].weight = model[0].weight  # tied
+    with PostHocEMA.from_model(model, url, update_every=1, checkpoint_every=10, storage_options=options) as ema:
+        for _ in range(60):
+            with torch.no_grad():
+                model[0].weight.add_(torch.randn(8, 8))
+            ema.update_(model)
+            ema._session.writer.drain()
+    return any_store_url
+
+
+@pytest.fixture
+def local_run(tmp_path: Path) -> Path:
+    model = nn.Linear(4, 4)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10) as ema:
+        for _ in range(30):
+            ema.update_(model)
+            ema._session.writer.drain()
+    return tmp_path / "run"
+
+
+def options_of(target: Target) -> list[str]:
+    return ["--storage-options", json.dumps(target[1])] if target[1] else []
+
+
+def test_ls_and_synthesize_on_every_kind_of_storage(
+    run: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ls", run[0], *options_of(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "sigma_rels 0.05, 0.28, 8 tensors, t in steps" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["10", "20", "30", "40", "50", "60"]
+    assert all(line.endswith("  complete") for line in lines[2:])
+
+    assert main(["ls", run[0], "--json", *options_of(run)]) == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert [row["t"] for row in listing["snapshots"]] == [10, 20, 30, 40, 50, 60]
+    assert all(row["complete"] and row["bytes"] > 0 for row in listing["snapshots"])
+
+    out = tmp_path / "made/average.safetensors"
+    assert main(["synthesize", run[0], "--sigma-rel", "0.15", "--out", str(out), *options_of(run)]) == 0
+    assert "profile error" in capsys.readouterr().out
+    (wanted,) = synthesize(run[0], [0.15], storage_options=run[1])
+    found = load_file(out)
+    assert found.keys() == wanted.state_dict.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.state_dict.items())
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model.load_state_dict(found, strict=True)
+    with safe_open(out, "pt") as file:
+        facts = json.loads(file.metadata()["phema_dist"])
+    assert facts["sigma_rel"] == 0.15
+    assert facts["t"] == 60
+    assert sum(term[2] for term in facts["terms"]) == pytest.approx(1)
+    assert facts["certificate"]["profile_error"] == wanted.certificate.profile_error
+    assert facts["library"].startswith("phema-dist ")
+    assert [path.name for path in out.parent.iterdir()] == ["average.safetensors"]
+
+
+def test_a_folder_gets_one_checkpoint_or_one_folder_per_length(local_run: Path, tmp_path: Path) -> None:
+    assert main(["synthesize", str(local_run), "--sigma-rel", "0.2", "--out", str(tmp_path / "one")]) == 0
+    several = ["--sigma-rel", "0.2", "--sigma-rel", "0.1", "--t", "20", "--dtype", "bf16"]
+    assert main(["synthesize", str(local_run), *several, "--out", str(tmp_path / "several")]) == 0
+    made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("[os]*/**/*.safetensors"))
+    assert made == [
+        "one/model.safetensors",
+        "several/sigma_rel-0.1/model.safetensors",
+        "several/sigma_rel-0.2/model.safetensors",
+    ]
+    assert load_file(tmp_path / made[1])["weight"].dtype == torch.bfloat16
+
+
+def test_a_result_is_not_overwritten_unless_forced(local_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "average.safetensors"
+    command = ["synthesize", str(local_run), "--sigma-rel", "0.15", "--out", str(out)]
+    out.write_bytes(b"precious")
+    assert main(command) == 1
+    assert out.read_bytes() == b"precious"
+    assert main([*command, "--force"]) == 0
+    assert "weight" in load_file(out)
+
+
+def test_a_failed_synthesis_leaves_no_file(local_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = local_run / "snapshots/000000000020-a0/sigma_rel-0.28/rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 255
+    shard.write_bytes(content)
+    out = tmp_path / "made/average.safetensors"
+    assert main(["synthesize", str(local_run), "--sigma-rel", "0.15", "--out", str(out)]) == 1
+    assert "000000000020-a0/sigma_rel-0.28/rank-00000.safetensors" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_incomplete_snapshot_is_listed_with_its_reason(local_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (local_run / "snapshots/000000000020-a0/rank-00000-of-00001.json").unlink()
+    assert main(["ls", str(local_run)]) == 0
+    assert "incomplete: manifests of rank 0 of 1 are missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ls", "nowhere"], 1, "nowhere must hold a run of phema-dist"),
+        (["ls", "nosuch://bucket/run"], 1, "nosuch"),
+        (["synthesize", "RUN", "--sigma-rel", "0.15", "--t", "5", "--out", "x"], 1, "at or before t=5"),
+        (["synthesize", "RUN", "--sigma-rel", "0.15", "--out", "s3://bucket/x"], 1, "must be a local file"),
+        (["synthesize", "RUN", "--sigma-rel", "0.1", "--sigma-rel", "0.2", "--out", "x.safetensors"], 1, "a folder"),
+        (["synthesize", "RUN", "--sigma-rel", "0.35", "--out", "x"], 2, "must lie in (0, 0.28867]"),
+        (["synthesize", "RUN", "--sigma-rel", "wide", "--out", "x"], 2, "wide"),
+        (["synthesize", "RUN", "--sigma-rel", "0.1"], 2, "--out"),
+        (["ls", "RUN", "--storage-options", "[1]"], 2, "JSON object"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(
+    local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], code: int, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(local_run) if argument == "RUN" else argument for argument in arguments]
+    if code == 2:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+    else:
+        assert main(arguments) == code
+    text = capsys.readouterr().err
+    assert message in text
+    assert "Traceback" not in text
+    assert code == 2 or len(text.strip().splitlines()) == 1
+
+
+def test_a_poor_certificate_warns_and_does_not_fail(local_run: Path, tmp_path: Path) -> None:
+    for snapshot in ("000000000010-a0", "000000000020-a0"):
+        (local_run / f"snapshots/{snapshot}/rank-00000-of-00001.json").unlink()
+    command = [sys.executable, "-m", "phema_dist", "synthesize", str(local_run), "--sigma-rel", "0.12"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "WARNING: sigma_rel=0.12 at t=30: the profile error is" in done.stderr
+    assert "left out an incomplete snapshot, t=10" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["ls", "synthesize"])
+def test_help_has_an_example_that_runs(
+    command: str, local_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    example = " ".join(capsys.readouterr().out.split()).partition("example: phema ")[2].split()
+    assert example[0] == command
+    words = [str(local_run) if "/" in word and i == 1 else word for i, word in enumerate(example)]
+    assert main([str(tmp_path / word) if word.endswith("/") else word for word in words]) == 0
