@@ -106,7 +106,7 @@ def train_classifier(images: Tensor, labels: Tensor, num_features: int = 32, epo
         nn.Unflatten(1, (1, 8, 8)),
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()),
         *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(32 * 16, num_features), nn.ReLU()),
+        *(nn.Flatten(), nn.Dropout(), nn.Linear(32 * 16, num_features), nn.ReLU()),
         nn.Linear(num_features, NUM_CLASSES),
     ).to(images.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from phema_dist import synthesize, synthesize_files
 
-SIGMA_RELS = (0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.11, 0.135, 0.165, 0.2, 0.24, 0.28)
+SIGMA_RELS = (0.03, 0.035, 0.04, 0.05, 0.06, 0.075, 0.09, 0.11, 0.135, 0.165, 0.2, 0.24, 0.28)
 BLUE, ORANGE = "#0072B2", "#D55E00"  # two that everyone can tell apart (Okabe and Ito)
 
 
@@ -29,7 +29,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, state: dict[str, torch.Tensor]) -> tuple[float, float]:
-        """Return the denoising loss and the Frechet distance; lower is better."""
+        """Return the denoising loss and the Fréchet distance; lower is better."""
         model = Denoiser().to(self.images.device).eval()
         model.load_state_dict(state)
         noise = torch.Generator().manual_seed(2)
@@ -39,26 +39,25 @@ class Judge:
 
 
 def plot(rows: list[tuple[float, float, float]], raw: tuple[float, float], path: Path) -> None:
-    """Draw both metrics over sigma_rel, beside those of the raw parameters."""
+    """Draw both metrics over sigma_rel, where the raw parameters are the average of length zero."""
     mpl.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    sigma_rels = [row[0] for row in rows]
-    titles = ("denoising loss, held-out digits", "Fréchet distance, samples to held-out digits")
-    for index, (panel, title) in enumerate(zip(panels, titles, strict=True)):
-        values = [row[1 + index] for row in rows]
-        best = values.index(min(values))
-        span = raw[index] - values[best]
-        panel.axhline(raw[index], color=ORANGE, linestyle="--")
-        panel.text(sigma_rels[0], raw[index] + 0.03 * span, "raw parameters, no EMA", color=ORANGE)
-        panel.plot(sigma_rels, values, "o-", color=BLUE, markersize=5, clip_on=False)
-        panel.plot(sigma_rels[best], values[best], "*", color=BLUE, markersize=18)
-        text = f"best: sigma_rel = {sigma_rels[best]:g}"
-        offset = (sigma_rels[best], values[best] - 0.08 * span)
-        panel.text(*offset, text, color=BLUE, ha="center", va="top", weight="bold")
-        panel.set(title=title, xscale="log", xlabel="sigma_rel, chosen after training")
-        panel.set_ylim(values[best] - 0.3 * span, raw[index] + 0.3 * span)
-        panel.set_xticks([0.02, 0.05, 0.1, 0.2, 0.28], ["0.02", "0.05", "0.1", "0.2", "0.28"])
-        panel.minorticks_off()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure.supxlabel("sigma_rel: length of the average, chosen after training", fontsize=11)
+    sigma_rels, *metrics = zip(*rows, strict=True)
+    titles = ("Denoising loss on held-out digits", "Fréchet distance, samples to held-out digits")
+    for panel, title, values, raw_value in zip(panels, titles, metrics, raw, strict=True):
+        lowest = min(values)
+        best = sigma_rels[values.index(lowest)]
+        gain = raw_value - lowest
+        panel.axhline(raw_value, color=ORANGE, linestyle="--", linewidth=1)
+        panel.plot([0, sigma_rels[0]], [raw_value, values[0]], ":", color=BLUE)
+        panel.plot(sigma_rels, values, "o-", color=BLUE, markersize=5)
+        panel.plot(0, raw_value, "D", color=ORANGE, markersize=7)
+        panel.plot(best, lowest, "*", color=BLUE, markersize=18)
+        panel.text(0.15, raw_value + 0.03 * gain, "raw parameters, no EMA", color=ORANGE, ha="center")
+        panel.text(best, lowest - 0.08 * gain, f"best: {best:g}", color=BLUE, ha="center", va="top", weight="bold")
+        panel.set(title=title, xticks=[0, 0.05, 0.1, 0.15, 0.2, 0.25])
+        panel.set_ylim(lowest - 0.25 * gain, raw_value + 0.2 * gain)
         panel.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
 

@@ -68,8 +68,10 @@ class LocalTensor:
         store = self.module._parameters if self.name in self.module._parameters else self.module._buffers  # noqa: SLF001
         tensor = store.get(self.name)
         if self.sharded is not None:
+            # What FSDP2 gathers is a plain tensor or, with tensor parallelism, a DTensor of other placements.
+            current = _is_dtensor(tensor) and tensor.placements == self.sharded.placements
             # 15 times cheaper than to_local(), which also enters autograd.
-            tensor = (tensor if _is_dtensor(tensor) else self.sharded)._local_tensor  # noqa: SLF001
+            tensor = (tensor if current else self.sharded)._local_tensor  # noqa: SLF001
         if tensor is None or tuple(tensor.shape) != self.box.sizes or tensor.dtype != self.info.dtype:
             found = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise LayoutError(
@@ -200,7 +202,8 @@ def agree(layout: Layout, ranks: Ranks) -> Ownership:
     order = {fqn: index for index, fqn in enumerate(infos)}
     held = [
         # A buffer is stored whole by the lowest rank that holds it: ranks may disagree on it, and it is small.
-        Held(order[fqn], box, infos[fqn].dtype.itemsize, tuple(by if infos[fqn].kind == PARAMETER else by[:1]))
+        # Weighed by its averages: they are most of what a rank keeps and stores, and of 16-bit parameters float32.
+        Held(order[fqn], box, infos[fqn].average_dtype.itemsize, tuple(by if infos[fqn].kind == PARAMETER else by[:1]))
         for (fqn, box), by in holders.items()
     ]
     boxes: dict[str, list[Box]] = {fqn: [] for fqn in infos}
