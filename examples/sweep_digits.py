@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--raw", default="raw.safetensors", help="the last parameters, from train_digits.py")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the table, picture and checkpoint")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # tensors this small gain nothing from more
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     averages = synthesize(args.checkpoint_dir, sigma_rels=SIGMA_RELS)  # all of them in one pass over the run

@@ -1,0 +1,74 @@
+"""The examples, as `make demo` runs them, only shorter."""
+
+import difflib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Target
+from s3_server import ADMIN, REGION, S3Server
+from safetensors import safe_open
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(tmp_path: Path, *arguments: str, **environment: str) -> str:
+    """Run a Python program in a folder of its own. Returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def torchrun(tmp_path: Path, script: str, *arguments: str, **environment: str) -> str:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return run(tmp_path, *launch, str(EXAMPLES / script), *arguments, **environment)
+
+
+def test_the_library_adds_at_most_six_lines_to_a_training_script() -> None:
+    plain, averaged = ((EXAMPLES / name).read_text().splitlines() for name in ("train_digits_plain.py", "train_digits.py"))
+    changes = [line for line in difflib.ndiff(plain, averaged) if line[0] in "+-"]
+    assert [line for line in changes if line[0] == "-"] == []
+    assert len([line for line in changes if line[1:].strip()]) <= 6
+
+
+def test_the_plain_script_trains(tmp_path: Path) -> None:
+    torchrun(tmp_path, "train_digits_plain.py", "--steps", "40", "--wrapper", "fsdp2")
+    assert (tmp_path / "raw.safetensors").exists()
+
+
+def test_train_and_sweep_on_a_disk(tmp_path: Path) -> None:
+    torchrun(tmp_path, "train_digits.py", "--steps", "200", "--checkpoint-dir", "run")
+    printed = run(tmp_path, str(EXAMPLES / "sweep_digits.py"), "--checkpoint-dir", "run", "--out", "out")
+    assert re.search(r"best.*sigma_rel", printed)
+    assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "out/sweep.md").read_text().splitlines()) > 12
+    with safe_open(tmp_path / "out/best.safetensors", "pt") as file:
+        assert "write.weight" in file.keys()  # noqa: SIM118  not a dict
+
+
+@pytest.mark.s3
+def test_train_on_s3_leaves_nothing_on_the_disk_but_the_result(
+    tmp_path: Path, s3_url: Target, s3_server: S3Server
+) -> None:
+    environment = {
+        "AWS_ACCESS_KEY_ID": ADMIN.key,
+        "AWS_SECRET_ACCESS_KEY": ADMIN.secret,
+        "AWS_DEFAULT_REGION": REGION,
+        "AWS_ENDPOINT_URL": s3_server.endpoint,
+    }
+    arguments = ("--steps", "100", "--wrapper", "fsdp2", "--checkpoint-dir", s3_url[0])
+    torchrun(tmp_path, "train_digits.py", *arguments, **environment)
+    synthesis = ("-m", "phema_dist", "synthesize", s3_url[0], "--sigma-rel", "0.1", "--out", "ema.safetensors")
+    run(tmp_path, *synthesis, **environment)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ema.safetensors", "raw.safetensors"]
