@@ -41,13 +41,11 @@ def ratio(times: Times, name: str, other: str) -> float:
 def table(title: str, times: Times, units: Sequence[str]) -> None:
     """Print a median time for each contestant, and its ratio to each of `units`."""
     print(f"\n{title}\n")
-    print_rows(
-        ["", "median", "best", *(f"/ {unit}" for unit in units)],
-        [
-            [name, _milliseconds(median(found)), _milliseconds(min(found)), *(f"{ratio(times, name, u):.2f}" for u in units)]
-            for name, found in times.items()
-        ],
-    )
+    rows = []
+    for name, found in times.items():
+        ratios = [f"{ratio(times, name, unit):.2f}" for unit in units]
+        rows.append([name, _milliseconds(median(found)), _milliseconds(min(found)), *ratios])
+    print_rows(["", "median", "best", *(f"/ {unit}" for unit in units)], rows)
 
 
 def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -55,8 +53,9 @@ def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     for row in [header, rule, *rows]:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        print("| " + " | ".join([first, *rest]) + " |")
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        print("| " + " | ".join(cells) + " |")
 
 
 def _milliseconds(seconds: float) -> str:
@@ -65,9 +64,9 @@ def _milliseconds(seconds: float) -> str:
 
 def machine() -> str:
     """What this runs on, in a line."""
-    cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), "unknown CPU")
-    load = os.getloadavg()[0]
-    return f"{cpu}, {os.cpu_count()} cores, load {load:.1f}; torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
+    threads = f"torch {torch.__version__} with {torch.get_num_threads()} thread(s)"
+    return f"{next(names, 'unknown CPU')}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {threads}"
 
 
 def resident_bytes(*, peak: bool = False) -> int:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from phema_dist import synthesize, synthesize_files
 
-SIGMA_RELS = (0.03, 0.035, 0.04, 0.05, 0.06, 0.075, 0.09, 0.11, 0.135, 0.165, 0.2, 0.24, 0.28)
+SIGMA_RELS = (0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.11, 0.13, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28)
 BLUE, ORANGE = "#0072B2", "#D55E00"  # two that everyone can tell apart (Okabe and Ito)
 
 
@@ -48,16 +48,17 @@ def plot(rows: list[tuple[float, float, float]], raw: tuple[float, float], path:
     for panel, title, values, raw_value in zip(panels, titles, metrics, raw, strict=True):
         lowest = min(values)
         best = sigma_rels[values.index(lowest)]
-        gain = raw_value - lowest
+        highest = max(raw_value, *values)
+        gap = 0.05 * (highest - lowest)
         panel.axhline(raw_value, color=ORANGE, linestyle="--", linewidth=1)
         panel.plot([0, sigma_rels[0]], [raw_value, values[0]], ":", color=BLUE)
         panel.plot(sigma_rels, values, "o-", color=BLUE, markersize=5)
         panel.plot(0, raw_value, "D", color=ORANGE, markersize=7)
         panel.plot(best, lowest, "*", color=BLUE, markersize=18)
-        panel.text(0.15, raw_value + 0.03 * gain, "raw parameters, no EMA", color=ORANGE, ha="center")
-        panel.text(best, lowest - 0.08 * gain, f"best: {best:g}", color=BLUE, ha="center", va="top", weight="bold")
+        panel.text(0.15, raw_value + gap / 2, "raw parameters, no EMA", color=ORANGE, ha="center")
+        panel.text(best, lowest - 1.5 * gap, f"best: {best:g}", color=BLUE, ha="center", va="top", weight="bold")
         panel.set(title=title, xticks=[0, 0.05, 0.1, 0.15, 0.2, 0.25])
-        panel.set_ylim(lowest - 0.25 * gain, raw_value + 0.2 * gain)
+        panel.set_ylim(lowest - 5 * gap, highest + 4 * gap)
         panel.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
 
@@ -75,7 +76,6 @@ def main() -> None:
     judge = Judge(device)
     raw = judge(load_file(args.raw))
     rows = [(average.sigma_rel, *judge(average.state_dict)) for average in averages]
-    best = min(range(len(rows)), key=lambda index: rows[index][2])
 
     lines = ["| sigma_rel | denoising loss | Fréchet distance | profile error |", "|---|---|---|---|"]
     lines += [f"| raw | {raw[0]:.4f} | {raw[1]:.3f} | |"]
@@ -86,9 +86,9 @@ def main() -> None:
     print("\n".join(lines))
 
     plot(rows, raw, args.out / "sweep.png")
-    sigma_rel, _, distance = rows[best]
-    synthesize_files(args.checkpoint_dir, {sigma_rel: args.out / "best.safetensors"}, overwrite=True)
-    print(f"best by Fréchet distance: sigma_rel = {sigma_rel:g}, {distance:.3f} against {raw[1]:.3f} raw")
+    best, _, distance = min(rows, key=lambda row: row[2])
+    synthesize_files(args.checkpoint_dir, {best: args.out / "best.safetensors"}, overwrite=True)
+    print(f"best by Fréchet distance: sigma_rel = {best:g}, {distance:.3f} against {raw[1]:.3f} raw")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a diffusion model of handwritten digits, on as many processes as torchrun starts.
 
-torchrun --standalone --nproc-per-node 2 examples/train_digits_plain.py --wrapper ddp
+torchrun --standalone --nproc-per-node 2 <this file> --help
 """
 
 import argparse

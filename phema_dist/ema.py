@@ -14,7 +14,7 @@ from phema_dist.errors import BackgroundError, SettingsError
 from phema_dist.ranks import ALONE, Ranks, join
 from phema_dist.storage import run as runs
 from phema_dist.storage.store import open_store
-from phema_dist.synthesis.consolidate import empty_state, fill_states
+from phema_dist.synthesis.consolidate import empty_state, fill_states, once_more
 from phema_dist.synthesis.recipe import Recipe, announce, plan, stored_recipe
 from phema_dist.synthesis.stream import stream
 from phema_dist.training.layout import is_sharded, read_layout, select
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from phema_dist.shard import Box
     from phema_dist.storage.manifest import RunInfo
     from phema_dist.storage.store import Store
+    from phema_dist.synthesis.stream import Sink
 
 
 class PostHocEMA:
@@ -200,9 +201,8 @@ class PostHocEMA:
             ProfileError, RunError, StorageError: as `synthesize`.
             LayoutError: the model does not have the run's tensors.
         """
-        dtype = self._calculation_dtype if calculation_dtype is None else _sum_dtype(calculation_dtype)
         ranks = self._session.ranks if self._session else join() if is_sharded(model) else ALONE
-        info, recipe = self._plan(ranks, sigma_rel, step)
+        info = ranks.on_first(lambda: runs.read_info(self._store))
         shapes = {fqn: facts.shape for fqn, facts in info.tensors.items()}
         layout = ranks.each(lambda: select(read_layout(model), shapes, partial=info.only_save_diff))
         wanted = {tensor.info.fqn: [tensor.box] for tensor in layout.tensors}
@@ -211,7 +211,7 @@ class PostHocEMA:
             def fill(_: int, fqn: str, box: Box, values: torch.Tensor) -> None:
                 write(fqn, box, values)
 
-            ranks.each(lambda: stream(self._store, info, [recipe], fill, wanted=wanted, calculation_dtype=dtype))
+            self._synthesize(ranks, sigma_rel, step, fill, wanted, calculation_dtype)
             yield model
 
     @contextmanager
@@ -231,11 +231,9 @@ class PostHocEMA:
         Raises:
             ProfileError, RunError, StorageError: as `synthesize`.
         """
-        dtype = self._calculation_dtype if calculation_dtype is None else _sum_dtype(calculation_dtype)
         ranks = self._session.ranks if self._session else ALONE
-        info, recipe = self._plan(ranks, sigma_rel, step)
-        state = empty_state(info)
-        ranks.each(lambda: stream(self._store, info, [recipe], fill_states([state]), calculation_dtype=dtype))
+        state = empty_state(ranks.on_first(lambda: runs.read_info(self._store)))
+        self._synthesize(ranks, sigma_rel, step, fill_states([state]), None, calculation_dtype)
         yield state
 
     def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image:
@@ -313,18 +311,32 @@ class PostHocEMA:
         wanted = {fqn: [box] for fqn, (box, _) in targets[0].items()}
         stream(self._store, session.info, recipes, fill, wanted=wanted)
 
-    def _plan(self, ranks: Ranks, sigma_rel: float, t: int | None) -> tuple[RunInfo, Recipe]:
-        """Collective where ranks are several: wait for what each has queued, then take rank 0's view of the run."""
+    def _synthesize(
+        self,
+        ranks: Ranks,
+        sigma_rel: float,
+        t: int | None,
+        sink: Sink,
+        wanted: Mapping[str, Sequence[Box]] | None,
+        calculation_dtype: torch.dtype | None,
+    ) -> None:
+        """Collective where ranks are several: wait for what each has queued, then stream rank 0's view of the run."""
+        dtype = self._calculation_dtype if calculation_dtype is None else _sum_dtype(calculation_dtype)
         if self._session is not None and not self._closed:
             ranks.each(self._session.writer.drain)
 
         def look() -> tuple[RunInfo, Recipe]:
             run = runs.open_run(self._store)
-            (recipe,) = plan(run, [sigma_rel], t)
-            announce([recipe])
-            return run.info, recipe
+            recipes = plan(run, [sigma_rel], t)
+            announce(recipes)
+            return run.info, recipes[0]
 
-        return ranks.on_first(look)
+        @once_more  # on all ranks, as they raise together
+        def read() -> None:
+            info, recipe = ranks.on_first(look)
+            ranks.each(lambda: stream(self._store, info, [recipe], sink, wanted=wanted, calculation_dtype=dtype))
+
+        read()
 
 
 _SECONDS_AFTER_ERROR = 10.0

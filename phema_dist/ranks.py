@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from phema_dist.errors import PhemaError
+from phema_dist.errors import PhemaError, SettingsError
 
 T = TypeVar("T")
 
@@ -81,10 +81,15 @@ def join(process_group: dist.ProcessGroup | None = None) -> Ranks:
     """Collective: this rank's place in `process_group` (None: the default group, or alone where there is none).
 
     A group that cannot carry CPU objects (NCCL) gets a gloo twin of the same ranks.
+
+    Raises:
+        SettingsError: this rank is not in `process_group`.
     """
     if not dist.is_available() or not dist.is_initialized():
         return ALONE
     group = process_group or dist.group.WORLD
+    if dist.get_rank(group) < 0:
+        raise SettingsError("process_group must contain this rank; call from_model only on the ranks of the group.")
     size = dist.get_world_size(group)
     if size == 1:
         return ALONE

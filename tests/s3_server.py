@@ -116,7 +116,7 @@ class S3Server:
         environment = {**os.environ, "GOMEMLIMIT": "400MiB", "GOGC": "50"}  # or it takes gigabytes
         log = self.folder / "server.log"
         with log.open("ab") as output:
-            self._process = subprocess.Popen(  # noqa: S603  our own command
+            self._process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ class Net(nn.Module):
         seen = self.low(pooled.bfloat16()).float() @ self.frozen
         read = self.tied(self.embed(tokens)).sum(1, keepdim=True)
         return seen + read + self.scale * self.last(self.norm(self.first(self.embed(tokens))))
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x))
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,12 +148,12 @@ def assert_same(found: State, wanted: State) -> None:
 # -- collectives
 
 
-COLLECTIVES = (
-    "allgather allgather_coalesced allgather_into_tensor_coalesced _allgather_base all_gather_single allreduce "
-    "allreduce_coalesced alltoall alltoall_base all_to_all_single barrier broadcast gather monitored_barrier recv "
-    "recv_anysource reduce reduce_scatter reduce_scatter_tensor_coalesced _reduce_scatter_base reduce_scatter_single "
-    "scatter send split_group"
-).split()
+COLLECTIVES = [
+    *("allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "_allgather_base", "all_gather_single"),
+    *("allreduce", "allreduce_coalesced", "alltoall", "alltoall_base", "all_to_all_single", "barrier", "broadcast"),
+    *("gather", "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "_reduce_scatter_base"),
+    *("reduce_scatter_single", "reduce_scatter_tensor_coalesced", "scatter", "send", "split_group"),
+]
 
 
 def collective_counts() -> dict[str, int]:
@@ -182,12 +193,15 @@ def provoke_collectives() -> None:
 
     with pytest.raises(AssertionError, match="allgather on MainThread"), no_collectives():
         all_gather()
+    thread = ThreadPoolExecutor(1, "phema-imposter")
     with pytest.raises(AssertionError, match="allgather on phema-imposter"), no_collectives():
-        thread = threading.Thread(target=all_gather, name="phema-imposter")
-        thread.start()
-        thread.join()
+        thread.submit(all_gather).result()
+    thread.shutdown()
     tensor = torch.ones(2)
-    with pytest.raises(AssertionError, match="gloo's count"), no_collectives():  # past Python: only gloo's count sees it
+    with (
+        pytest.raises(AssertionError, match="gloo's count"),
+        no_collectives(),
+    ):  # past Python: only gloo's count sees it
         torch.ops._c10d_functional.all_reduce(tensor, "sum", dist.group.WORLD.group_name)
 
 
@@ -293,8 +307,10 @@ class Mixed(nn.Module):
 
 
 def ddp_sizes(folder: str) -> int:
-    ema = PostHocEMA.from_model(wrapped("ddp", Mixed), folder, update_every=1, checkpoint_every=1)
+    model = wrapped("ddp", Mixed)
+    ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=2)
     ema.update_()
+    ema.update_(model.module)  # wrapped or not: the same parameters
     ema.close()
     return sum(flat.nbytes for averages in ema._session.tracker.averages for flat in averages)
 
@@ -335,8 +351,9 @@ def load_as_shards(folder: str) -> State:
     return {name: tensor.full_tensor() for name, tensor in state.items()}
 
 
+# dcp.load says so whenever there is no process group, although no_dist=True asked for just that.
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize(("kind", "world_size"), [("ddp", 2), ("fsdp", 4)])
-@pytest.mark.filterwarnings("ignore:torch.distributed is")  # dcp.load, about no_dist
 def test_a_stored_profile_opens_with_torchs_own_reader_in_another_world(
     kind: str, world_size: int, tmp_path: Path
 ) -> None:
@@ -356,65 +373,86 @@ def test_a_stored_profile_opens_with_torchs_own_reader_in_another_world(
 # -- evaluation in place
 
 
-def local_bits(model: nn.Module) -> list[torch.Tensor]:
-    local = (t._local_tensor if isinstance(t, DTensor) else t for _, t in names(model))
-    return [t.detach().clone() for t in local]
+class Watched:
+    """A model, and what of it must never change because of an evaluation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.flags = [module.training for module in model.modules()]
+        self.bits = self.local_bits()
+        self.own = self.evaluate()
+
+    def local_bits(self) -> list[torch.Tensor]:
+        local = (t._local_tensor if isinstance(t, DTensor) else t for _, t in names(self.model))
+        return [t.detach().clone() for t in local]
+
+    def forward(self) -> torch.Tensor:
+        with torch.no_grad():  # after this the root of an FSDP2 model stays gathered
+            return self.model(*inputs())
+
+    def evaluate(self) -> torch.Tensor:
+        self.model.eval()
+        found = self.forward()
+        for module, flag in zip(self.model.modules(), self.flags, strict=True):
+            module.training = flag
+        return found
+
+    def assert_unchanged(self) -> None:
+        assert [module.training for module in self.model.modules()] == self.flags
+        assert torch.equal(self.evaluate(), self.own), "a forward must see the model's own parameters"
+        full_state(self.model)  # reshards
+        assert all(torch.equal(a, b) for a, b in zip(self.local_bits(), self.bits, strict=True))
+        self.evaluate()
 
 
-def evaluate(kind: str, folder: str) -> None:  # noqa: PLR0915  one story
+def assert_evaluates_as(watched: Watched, wanted: State) -> None:
+    """The model has, here and now, the values of this state dict."""
+    plain = Net()
+    plain.load_state_dict(wanted, strict=True)
+    found = watched.forward()
+    with torch.no_grad():
+        torch.testing.assert_close(found, plain.eval()(*inputs()), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found, watched.own, rtol=1e-3)
+    assert_same(full_state(watched.model), dict(names(plain)))
+
+
+def evaluate(kind: str, folder: str) -> None:
     model, twin = wrapped(kind), wrapped(kind)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
     ema = PostHocEMA.from_model(model, folder, sigma_rels=SIGMA_RELS, update_every=1, checkpoint_every=4)
     train(ema, model, range(1, 10))
     set_values(twin, 9)
-    model.train()
-    model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("conv"))).eval()
-    flags = [module.training for module in model.modules()]
-    before = local_bits(model)
+    next(module for name, module in model.named_modules() if name.endswith("conv")).eval()
+    watched = Watched(model)
 
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return model(*inputs())
-
-    def same_as_before() -> None:
-        full_state(model)  # reshards
-        assert all(torch.equal(a, b) for a, b in zip(local_bits(model), before, strict=True))
-        assert [module.training for module in model.modules()] == flags
-
-    model.eval()
-    own = forward()  # after this the root of an FSDP2 model stays gathered
-    for module, flag in zip(model.modules(), flags, strict=True):
-        module.training = flag
     for sigma_rel in (0.05, 0.13):
         with ema.model(model, sigma_rel) as averaged:
             assert averaged is model
             assert not any(module.training for module in model.modules())
-            found = forward()
-            values = full_state(model)
-        same_as_before()
-        (wanted,) = synthesize(folder, [sigma_rel], t=8)
-        plain = Net()
-        plain.load_state_dict(wanted.state_dict, strict=True)
-        assert_same(values, dict(names(plain)))
-        with torch.no_grad():
-            torch.testing.assert_close(found, plain.eval()(*inputs()), rtol=1e-6, atol=1e-6)
-        assert not torch.allclose(found, own, rtol=1e-3)
+            (wanted,) = synthesize(folder, [sigma_rel], t=8)
+            assert_evaluates_as(watched, wanted.state_dict)
+            watched.forward()
+        watched.assert_unchanged()
 
-    with pytest.raises(ZeroDivisionError), ema.model(model, 0.2):
-        forward()
-        for _, tensor in names(model):
-            put(tensor, torch.zeros(tensor.shape))
-        model.train()
-        raise ZeroDivisionError
-    same_as_before()
+    def fail() -> None:
+        with ema.model(model, 0.2):
+            watched.forward()
+            for _, tensor in names(model):
+                tensor.detach().zero_()
+            model.train()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    watched.assert_unchanged()
 
     with ema.state_dict(0.13) as state:
         Net().load_state_dict(state, strict=True)
         (wanted,) = synthesize(folder, [0.13], t=8)
         assert_same(state, wanted.state_dict)
 
-    for each in (model, twin):  # and training goes on as if nothing had happened
+    for each, optimizer in zip((model, twin), optimizers, strict=True):  # training goes on as if nothing had happened
         each.train()
-        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
         for _ in range(2):
             optimizer.zero_grad()
             each(*inputs()).square().mean().backward()
@@ -431,43 +469,42 @@ def test_an_average_is_evaluated_in_place_and_leaves_no_trace(kind: str, world_s
 
 
 def evaluate_without_resharding(folder: str) -> bool:
-    model = wrapped("fsdp")
+    model = wrapped("fsdp", Small)
     ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=1)
     train(ema, model, range(1, 3))
-    model.eval()
     with torch.no_grad():
-        own = model(*inputs())
-        originals = FSDPModule.reshard
-        FSDPModule.reshard = lambda _: None  # type: ignore[method-assign]
-        try:
-            with ema.model(model, 0.05):
-                stale = model(*inputs())
-        finally:
-            FSDPModule.reshard = originals  # type: ignore[method-assign]
+        own = model(torch.ones(3, 5))
+        with pytest.MonkeyPatch.context() as patch, ema.model(model, 0.28):
+            patch.setattr("phema_dist.training.swap.reshard", lambda _: None)
+            averaged = model(torch.ones(3, 5))
+            assert not torch.equal(own, averaged)
+            patch.undo()
+            patch.setattr(FSDPModule, "reshard", lambda _: None)
+        stale = model(torch.ones(3, 5))
     ema.close()
     dist.barrier()
-    return torch.equal(own, stale)
+    return torch.equal(stale, averaged)
 
 
-def test_without_resharding_the_test_above_would_see_stale_parameters(tmp_path: Path) -> None:
-    # If this fails, torch has mended it: FSDP2's root looks at its shards again.
+def test_without_resharding_training_would_go_on_with_the_average(tmp_path: Path) -> None:
+    # If this fails, torch has mended it: the root of an FSDP2 model looks at its shards again.
     assert run(2, evaluate_without_resharding, str(tmp_path)) == [True, True]
 
 
-def read_sharded(folder: str) -> tuple[int, int]:
+def read_sharded(folder: str) -> None:
     """A model that trains nowhere takes an average of a run that is only read, right after a forward."""
     model = wrapped("fsdp")
     model.eval()
     with torch.no_grad():
         model(*inputs())
-    before = sum(collective_counts().values())
+    before = collective_counts()
     with PostHocEMA.from_path(folder).model(model, 0.1):
+        assert collective_counts() != before, "ranks must agree on the snapshots, and share errors"
         values = full_state(model)
     (wanted,) = synthesize(folder, [0.1])
     plain = Net()
     plain.load_state_dict(wanted.state_dict)
     assert_same(values, dict(names(plain)))
-    return before, sum(collective_counts().values())
 
 
 def test_a_run_that_is_only_read_fills_a_sharded_model(alone: str) -> None:
@@ -652,16 +689,6 @@ def test_some_of_the_ranks_average_a_model_of_their_own(alone: str, tmp_path: Pa
 
 
 # -- what training does to a sharded model
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x))
 
 
 def update_while_gathered(kind: str, folder: str) -> State:

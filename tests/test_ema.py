@@ -4,6 +4,9 @@ import inspect
 import json
 import logging
 import math
+import multiprocessing
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from torch import nn
 
 from phema_dist import BackgroundError, LayoutError, PostHocEMA, RunError, SettingsError, SnapshotError, synthesize
-from phema_dist.storage.run import open_run
+from phema_dist.storage.run import delete_snapshot, open_run
 from phema_dist.storage.store import LocalStore, open_store
 
 
@@ -145,7 +148,9 @@ def test_synthesizing_a_stored_profile_at_a_stored_t_returns_its_bits(
     tmp_path: Path, dtype: torch.dtype | None
 ) -> None:
     model = nn.Sequential(nn.Linear(33, 65), nn.BatchNorm1d(65))
-    with PostHocEMA.from_model(model, tmp_path / "run", update_every=3, checkpoint_every=10, checkpoint_dtype=dtype) as ema:
+    with PostHocEMA.from_model(
+        model, tmp_path / "run", update_every=3, checkpoint_every=10, checkpoint_dtype=dtype
+    ) as ema:
         for _ in range(40):
             perturb(model)
             ema.update_(model)
@@ -238,7 +243,8 @@ def test_resume_begins_afresh_where_nothing_is_stored(tmp_path: Path) -> None:
 
 def test_a_run_of_another_model_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "run", 10)
-    with pytest.raises(RunError, match=r"another model: 1 tensors differ, the first is 1\.weight: .*\[4, 16\].*\[4, 17\]"):
+    message = r"another model: 1 tensors differ, the first is 1\.weight: .*\[4, 16\].*\[4, 17\]"
+    with pytest.raises(RunError, match=message):
         PostHocEMA.from_model(
             nn.Sequential(nn.Linear(8, 16), nn.Linear(17, 4)), tmp_path / "run", resume=True
         )
@@ -322,12 +328,12 @@ def test_a_flipped_byte_is_refused_naming_the_file(tmp_path: Path, t: int, posit
 
 
 def test_without_any_complete_snapshot_the_error_says_what_to_wait_for(tmp_path: Path) -> None:
-    with PostHocEMA.from_model(nn.Linear(2, 2), tmp_path / "run") as ema:
-        with (
-            pytest.raises(SnapshotError, match=r"no complete snapshot yet.*checkpoint_every"),
-            ema.state_dict(sigma_rel=0.1),
-        ):
-            pass
+    with (
+        PostHocEMA.from_model(nn.Linear(2, 2), tmp_path / "run") as ema,
+        pytest.raises(SnapshotError, match=r"no complete snapshot yet.*checkpoint_every"),
+        ema.state_dict(sigma_rel=0.1),
+    ):
+        pass
     with pytest.raises(RunError, match=r"must hold a run of phema-dist; there is no run\.json"):
         PostHocEMA.from_path(tmp_path / "elsewhere")
 
@@ -493,7 +499,7 @@ def test_only_save_diff_leaves_frozen_parameters_out(tmp_path: Path) -> None:
 
 
 def test_reading_and_writing_touch_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle  # noqa: PLC0415, S403
+    import pickle  # noqa: PLC0415
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("pickle was used")
@@ -503,6 +509,28 @@ def test_reading_and_writing_touch_no_pickle(tmp_path: Path, monkeypatch: pytest
     model = trained(tmp_path / "run", 20)
     with PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15) as state:
         model.load_state_dict(state)
+
+
+def test_a_snapshot_that_retention_deletes_meanwhile_is_planned_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path / "run", 50)
+    original, gone = LocalStore.read_into, []
+
+    def read_into(self: LocalStore, key: str, start: int, buffer: memoryview) -> None:
+        if not gone:
+            gone.append("000000000020-a0")
+            delete_snapshot(self, f"snapshots/{gone[0]}")
+        original(self, key, start, buffer)
+
+    monkeypatch.setattr(LocalStore, "read_into", read_into)
+    for make in (
+        lambda: synthesize(tmp_path / "run", [0.15])[0].state_dict,
+        lambda: PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15).__enter__(),
+    ):
+        gone.clear()
+        made = make()
+        assert torch.equal(made["0.weight"], synthesize(tmp_path / "run", [0.15])[0].state_dict["0.weight"])
 
 
 def test_manifests_hold_what_a_stranger_needs(tmp_path: Path) -> None:
@@ -524,7 +552,7 @@ def test_host_memory_is_what_is_promised(tmp_path: Path) -> None:
     ema.close()
 
 
-def test_the_signatures_are_the_predecessors(tmp_path: Path) -> None:
+def test_the_signatures_are_the_predecessors() -> None:
     def positional(function: object) -> list[str]:
         parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
         return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
@@ -539,3 +567,43 @@ def test_the_signatures_are_the_predecessors(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert positional(PostHocEMA.model) == ["model", "sigma_rel", "step", "calculation_dtype"]
     assert positional(PostHocEMA.state_dict) == ["sigma_rel", "step", "calculation_dtype"]
+
+
+UNCLOSED = """
+import sys, torch
+from phema_dist import PostHocEMA
+from phema_dist.storage.store import LocalStore
+model = torch.nn.Linear(4, 4)
+ema = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=10)
+put = LocalStore.put
+def slow(self, key, data):
+    import time
+    time.sleep(0.5)
+    put(self, key, data)
+LocalStore.put = slow
+for _ in range(10):
+    ema.update_(model)
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "1 / 0"])
+def test_a_program_that_ends_without_close_stores_what_was_queued(tmp_path: Path, end: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNCLOSED + end, tmp_path / "run"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == {"": 0, "1 / 0": 1}.get(end, 3)
+    assert "PostHocEMA was not closed" in done.stderr
+    assert [s.t for s in open_run(open_store(tmp_path / "run")).complete] == [10]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # forking with threads is what is tested
+def test_a_forked_child_neither_writes_nor_waits(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+        ema.update_(model)
+        child = multiprocessing.get_context("fork").Process(target=int)
+        child.start()
+        child.join(5)
+        assert child.exitcode == 0
+        ema.update_(model)
+    assert open_run(open_store(tmp_path / "run")).complete[-1].t == 2

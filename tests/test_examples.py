@@ -36,7 +36,8 @@ def torchrun(tmp_path: Path, script: str, *arguments: str, **environment: str) -
 
 
 def test_the_library_adds_at_most_six_lines_to_a_training_script() -> None:
-    plain, averaged = ((EXAMPLES / name).read_text().splitlines() for name in ("train_digits_plain.py", "train_digits.py"))
+    names = ("train_digits_plain.py", "train_digits.py")
+    plain, averaged = ((EXAMPLES / name).read_text().splitlines() for name in names)
     changes = [line for line in difflib.ndiff(plain, averaged) if line[0] in "+-"]
     assert [line for line in changes if line[0] == "-"] == []
     assert len([line for line in changes if line[1:].strip()]) <= 6

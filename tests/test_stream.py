@@ -1,6 +1,7 @@
 """The stream on runs that are written by hand, sharded in any way: what it makes equals the dense sum, bit for bit."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def by_columns(num_ranks: int) -> Owned:
             owned[0].append((name, whole(shape)))
             continue
         edges = [shape[-1] * rank // num_ranks for rank in range(num_ranks + 1)]
-        for rank, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+        for rank, (start, stop) in enumerate(pairwise(edges)):
             owned[rank].append((name, Box((*(0,) * (len(shape) - 1), start), (*shape[:-1], stop - start))))
     return owned
 
@@ -51,7 +52,9 @@ def write_run(
     """A run with a snapshot for each (t, layout), each layout its own attempt, and what is in it."""
     store = open_store(path)
     tensors = {name: TensorFacts(shape, "F32", "parameter") for name, shape in SHAPES.items()}
-    runs.create_run(store, RunInfo(FORMAT, "test", SIGMA_RELS, "steps", 0, only_save_diff=False, tensors=tensors, aliases={}))
+    runs.create_run(
+        store, RunInfo(FORMAT, "test", SIGMA_RELS, "steps", 0, only_save_diff=False, tensors=tensors, aliases={})
+    )
     values: Values = {}
     parent = None
     for t, owned in layouts:
@@ -80,7 +83,9 @@ def write_run(
     return runs.open_run(store), values
 
 
-def made(run: runs.Run, sigma_rels: Sequence[float], wanted: dict[str, list[Box]] | None = None) -> list[dict[str, torch.Tensor]]:
+def made(
+    run: runs.Run, sigma_rels: Sequence[float], wanted: dict[str, list[Box]] | None = None
+) -> list[dict[str, torch.Tensor]]:
     states = [{name: torch.full(shape, torch.nan) for name, shape in SHAPES.items()} for _ in sigma_rels]
 
     def sink(k: int, name: str, box: Box, values: torch.Tensor) -> None:
@@ -138,7 +143,8 @@ def test_only_what_is_wanted_is_made(tmp_path_factory: pytest.TempPathFactory, d
 def test_results_do_not_depend_on_tiles_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = write_run(tmp_path / "run", [(10 * i, by_rows(i)) for i in (1, 2, 3)])
     whole_tiles = made(run, [0.1, 0.2])
-    monkeypatch.setattr(streams, "_divide_memory", lambda *_: (16, 5))
+    monkeypatch.setattr(streams, "_TILE_BYTES", 16)
+    monkeypatch.setattr(streams, "_divide_memory", lambda *_: (5, 3))
     tiny_tiles = made(run, [0.1, 0.2])
     for a, b in zip(whole_tiles, tiny_tiles, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in SHAPES)

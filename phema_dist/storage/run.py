@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from phema_dist.errors import KeyExistsError, RunError, SnapshotError
+from phema_dist.errors import KeyExistsError, KeyMissingError, RunError, SnapshotError
 from phema_dist.storage.manifest import (
     RUN_KEY,
     Attempt,
@@ -96,6 +96,14 @@ def open_run(store: Store, documents: dict[str, bytes] | None = None) -> Run:
         RunError: there is no run, or it cannot be read; names the place.
     """
     return _read_run(store, store.list(), {} if documents is None else documents)
+
+
+def read_info(store: Store) -> RunInfo:
+    """What is fixed for a run. Raises RunError if there is none."""
+    try:
+        return from_json(RunInfo, store.get(RUN_KEY), store.describe(RUN_KEY))
+    except KeyMissingError as error:
+        raise RunError(f"{store.url} must hold a run of phema-dist; there is no {RUN_KEY} in it.") from error
 
 
 def find_run(store: Store) -> Run | None:

@@ -117,9 +117,6 @@ def parse_header(header: bytes, file: ShardFile, run: RunInfo, where: str) -> tu
     if xxhash.xxh3_64_hexdigest(header) != file.checksums[0]:
         raise SnapshotError(f"{where}: the header is not the one that was written (its checksum differs).")
     try:
-        (length,) = struct.unpack_from("<Q", header)
-        if length != len(header) - 8:
-            raise ValueError(f"header of {length} bytes")
         table = json.loads(header[8:])
         offsets = json.loads(table.pop("__metadata__")["DCP_SHARDING_INFO"])
         entries = [

@@ -146,9 +146,12 @@ def fill_states(states: Sequence[Mapping[str, torch.Tensor]]) -> Sink:
 
 
 # While a job writes, its retention may delete a snapshot between the planning and the reading: then plan once more.
-@tenacity.retry(
+once_more = tenacity.retry(
     retry=tenacity.retry_if_exception_type(KeyMissingError), stop=tenacity.stop_after_attempt(2), reraise=True
 )
+
+
+@once_more
 def _read_once(
     store: Store,
     sigma_rels: Sequence[float],
@@ -180,7 +183,9 @@ def _checkpoint_file(
     for name in names:
         fqn = info.aliases.get(name, name)
         facts = info.tensors[fqn]
-        dtypes[fqn] = dtype if result_dtype(facts) == torch.float32 and facts.kind == "parameter" else result_dtype(facts)
+        dtypes[fqn] = result_dtype(facts)
+        if facts.kind == "parameter" and dtypes[fqn] == torch.float32:
+            dtypes[fqn] = dtype
         stop = position + whole(facts.shape).numel * dtypes[fqn].itemsize
         table[name] = {"dtype": DTYPE_NAMES[dtypes[fqn]], "shape": facts.shape, "data_offsets": [position, stop]}
         starts.setdefault(fqn, []).append(position)

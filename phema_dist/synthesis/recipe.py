@@ -120,8 +120,8 @@ def announce(recipes: Sequence[Recipe]) -> None:
         certificate = recipe.certificate
         if not certificate.good:
             _log.warning(
-                "sigma_rel=%g at t=%d: the profile error is %.1f%%, above %g%%; more snapshots, or a sigma_rel nearer to "
-                "the tracked ones, would be more exact",
+                "sigma_rel=%g at t=%d: the profile error is %.1f%%, above %g%%; more snapshots, or a sigma_rel nearer "
+                "to the tracked ones, would be more exact",
                 recipe.sigma_rel, recipe.t, 100 * certificate.profile_error, 100 * GOOD_ERROR,
             )  # fmt: skip
     for left_out in recipes[0].certificate.left_out if recipes else ():

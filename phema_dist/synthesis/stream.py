@@ -8,6 +8,7 @@ snapshot was sharded, and memory holds a few tiles beside whatever the caller ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 # What a reader hands out: target index, tensor, box, and its values (valid only during the call; any thread).
 Sink = Callable[[int, str, Box, torch.Tensor], None]
 
-_TILE_BYTES = 2 * BLOCK_BYTES
+_TILE_BYTES = BLOCK_BYTES
+_MOST_BUFFERS = 8  # snapshots that are read before they are added, so that sums stay in the cache
+_ALIGNMENT = 16  # of a buffer: of any dtype
 _MEMORY_BYTES = 256 << 20
 _CHUNK = 32768  # elements of one addition: stays in the cache, and in the calling thread
 
@@ -157,13 +160,17 @@ def stream(
     ]
     reference = library.source(newest, info.sigma_rels[0], (1.0,) * len(recipes))
 
-    tile_bytes, num_threads = _divide_memory(len(recipes), store.read_concurrency)
-    tiles = _cut_tiles(info, reference.layout, wanted, tile_bytes, calculation_dtype)
+    num_threads, num_buffers = _divide_memory(len(recipes), store.read_concurrency)
+    tiles = _cut_tiles(info, reference.layout, wanted, calculation_dtype)
+    rooms = [_Room(num_buffers) for _ in range(num_threads)]
+
+    def make(tile: Tile) -> None:
+        room = rooms.pop()  # there is one for each thread
+        _make_tile(store, sources if tile.averaged else [reference], tile, room, sink, progress)
+        rooms.append(room)
+
     with ThreadPoolExecutor(num_threads, "phema-read") as pool:
-        jobs = [
-            pool.submit(_make_tile, store, sources if tile.averaged else [reference], tile, sink, progress)
-            for tile in tiles
-        ]
+        jobs = [pool.submit(make, tile) for tile in tiles]
         done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
         if any(job.exception() for job in done):
             pool.shutdown(cancel_futures=True)
@@ -174,16 +181,14 @@ def stream(
 def num_bytes(recipes: Sequence[Recipe]) -> int:
     """How many bytes a pass over everything reads, for a progress bar."""
     used = {(term.sigma_rel, term.snapshot.t): term.snapshot for recipe in recipes for term in recipe.terms}
-    return sum(
-        file.data_bytes for (sigma_rel, _), snapshot in used.items() for file in _files(snapshot, sigma_rel)
-    )
+    return sum(file.data_bytes for (sigma_rel, _), snapshot in used.items() for file in _files(snapshot, sigma_rel))
 
 
 def _divide_memory(num_targets: int, most_threads: int) -> tuple[int, int]:
-    """Bytes of a tile and number of threads, so that all tiles in flight (sums and what is read) fit."""
-    per_block = BLOCK_BYTES * (num_targets + 3)  # 16-bit files double in float32; a misaligned tile reads one more
-    tile_blocks = max(1, min(_TILE_BYTES // BLOCK_BYTES, _MEMORY_BYTES // per_block // most_threads))
-    return tile_blocks * BLOCK_BYTES, max(1, min(most_threads, _MEMORY_BYTES // (per_block * tile_blocks)))
+    """Number of threads, and of buffers for each, so that all tiles in flight (sums and what is read) fit."""
+    num_blocks = _MEMORY_BYTES // _TILE_BYTES // 2  # 16-bit files double in float32; a misaligned tile reads one more
+    num_threads = max(1, min(most_threads, num_blocks // (num_targets + 1)))
+    return num_threads, max(1, min(_MOST_BUFFERS, num_blocks // num_threads - num_targets))
 
 
 def _files(snapshot: Snapshot, sigma_rel: float) -> list[ShardFile]:
@@ -200,7 +205,6 @@ def _cut_tiles(
     info: RunInfo,
     layout: Layout,
     wanted: Mapping[str, Sequence[Box]] | None,
-    tile_bytes: int,
     calculation_dtype: torch.dtype,
 ) -> Iterator[Tile]:
     """Follow the files of the layout, so that a tile is one stretch of bytes wherever a snapshot is sharded alike."""
@@ -213,9 +217,9 @@ def _cut_tiles(
             averaged, dtype = facts.kind == "parameter", result_dtype(facts)
             if averaged and dtype == torch.float32:
                 dtype = calculation_dtype
-            for start, stop in _cuts(entry, tile_bytes):
+            for start, stop in _cuts(entry):
                 index = entry.start + start * entry.dtype.itemsize
-                now = (index // tile_bytes, averaged, dtype)
+                now = (index // _TILE_BYTES, averaged, dtype)
                 if now != group:
                     if parts:
                         yield Tile(tuple(parts), numel, *group[1:])  # type: ignore[index]
@@ -230,40 +234,68 @@ def _cut_tiles(
             yield Tile(tuple(parts), numel, *group[1:])  # type: ignore[index]
 
 
-def _cuts(entry: Entry, tile_bytes: int) -> Iterator[tuple[int, int]]:
+def _cuts(entry: Entry) -> Iterator[tuple[int, int]]:
     """The elements of an entry, cut where a tile ends in the file."""
     size, start = entry.dtype.itemsize, 0
     while start < entry.box.numel:
-        end_of_tile = ((entry.start + start * size) // tile_bytes + 1) * tile_bytes
+        end_of_tile = ((entry.start + start * size) // _TILE_BYTES + 1) * _TILE_BYTES
         stop = min(entry.box.numel, max(start + 1, (end_of_tile - entry.start) // size))
         yield start, stop
         start = stop
 
 
+class _Room:
+    """Memory that a reader works in, reused from tile to tile: fresh pages cost more than what is read into them."""
+
+    def __init__(self, num_buffers: int) -> None:
+        self.num_buffers = num_buffers
+        self._held: dict[str, torch.Tensor] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised, until the next one of this name."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if name not in self._held or self._held[name].numel() < num_bytes:
+            self._held[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._held[name][:num_bytes].view(dtype).view(shape)
+
+
 def _make_tile(
-    store: Store, sources: Sequence[Source], tile: Tile, sink: Sink, progress: Callable[[int], object] | None
+    store: Store,
+    sources: Sequence[Source],
+    tile: Tile,
+    room: _Room,
+    sink: Sink,
+    progress: Callable[[int], object] | None,
 ) -> None:
-    sums = torch.empty(len(sources[0].coefficients), tile.numel, dtype=tile.dtype)
+    sums = room.tensor("sums", (len(sources[0].coefficients), tile.numel), tile.dtype)
     begun = [False] * len(sums)
-    plans: dict[int, list[list[Move]]] = {}
-    buffer = torch.empty(0, dtype=torch.uint8)
-    for source in sources:
-        plan = plans.get(id(source.layout)) or plans.setdefault(id(source.layout), _plan_moves(source.layout, tile))
-        for file, moves in zip(source.files, plan, strict=True):
-            for start, stop, group in _reads(moves, file.data_bytes, source.block_bytes):
-                if len(buffer) < stop - start:
-                    buffer = torch.empty(stop - start, dtype=torch.uint8)
-                data = buffer[: stop - start]
-                _read_checked(store, source, file, start, data)
+    for batch in _batches(sources, room.num_buffers):
+        for index, moves in enumerate(_plan_moves(batch[0].layout, tile)):
+            for start, stop, group in _reads(moves, batch[0].files[index].data_bytes, batch[0].block_bytes):
+                width = -(-(stop - start) // _ALIGNMENT) * _ALIGNMENT
+                buffers = room.tensor("buffers", (len(batch), width), torch.uint8)
+                for source, buffer in zip(batch, buffers, strict=True):
+                    _read_checked(store, source, source.files[index], start, buffer[: stop - start])
+                    if progress is not None:
+                        progress(stop - start)
                 for move in group:
-                    found = data[move.first_byte - start : move.last_byte - start].view(move.dtype)
-                    _add(sums, begun, source.coefficients, found, move)
-                if progress is not None:
-                    progress(stop - start)
-        begun = [done or c != 0 for done, c in zip(begun, source.coefficients, strict=True)]
+                    found = buffers[:, move.first_byte - start : move.last_byte - start].view(move.dtype)
+                    _add(sums, begun, [source.coefficients for source in batch], found, move)
+        begun = [done or any(s.coefficients[k] for s in batch) for k, done in enumerate(begun)]
     for k, flat in enumerate(sums):
         for part in tile.parts:
             sink(k, part.fqn, part.box, flat[part.start : part.start + part.box.numel].view(part.box.sizes))
+
+
+def _batches(sources: Sequence[Source], size: int) -> Iterator[list[Source]]:
+    """Neighbouring sources of one layout, so that the same bytes of each go to the same elements."""
+    batch: list[Source] = []
+    for source in sources:
+        if batch and (len(batch) == size or source.layout is not batch[0].layout):
+            yield batch
+            batch = []
+        batch.append(source)
+    yield batch
 
 
 def _plan_moves(layout: Layout, tile: Tile) -> list[list[Move]]:
@@ -347,25 +379,35 @@ def _read_checked(store: Store, source: Source, file: ShardFile, start: int, dat
 
 
 def _add(
-    sums: torch.Tensor, begun: Sequence[bool], coefficients: Sequence[float], found: torch.Tensor, move: Move
+    sums: torch.Tensor,
+    begun: Sequence[bool],
+    coefficients: Sequence[Sequence[float]],
+    found: torch.Tensor,
+    move: Move,
 ) -> None:
-    """Add coefficient times `found` to the sum of each target, in pieces that stay in the cache.
+    """Add the same elements of a batch of sources, each times its coefficient, to the sum of each target.
 
-    The first term is stored, not added, and a factor of 1 not multiplied: then a looked-up average, or a buffer of
-    any dtype, keeps its bits.
+    Pieces of all sources stay in the cache until all targets have them. The first term is stored, not added, and a
+    factor of 1 not multiplied: then a looked-up average, or a buffer of any dtype, keeps its bits.
     """
-    flat = len(move.sizes) == 1
-    for i in range(0, move.sizes[0], _CHUNK) if flat else (0,):
-        values = found[i : i + _CHUNK] if flat else found.as_strided(move.sizes, move.from_strides)
-        values = values.to(sums.dtype)
-        for k, coefficient in enumerate(coefficients):
-            if not coefficient:
-                continue
-            row = sums[k, move.target + i :]
-            into = row[: len(values)] if flat else row.as_strided(move.sizes, move.to_strides)
-            if begun[k]:
-                into.add_(values, alpha=coefficient)
-            elif coefficient == 1:
-                into.copy_(values)
-            else:
-                torch.mul(values, coefficient, out=into)
+    if len(move.sizes) == 1:
+        rows = [row.split(_CHUNK) for row in sums[:, move.target : move.target + move.sizes[0]]]
+        columns = [values.split(_CHUNK) for values in found]
+    else:
+        rows = [(row[move.target :].as_strided(move.sizes, move.to_strides),) for row in sums]
+        columns = [(values.as_strided(move.sizes, move.from_strides),) for values in found]
+    factors = list(zip(*coefficients, strict=True))
+    for i in range(len(rows[0])):
+        pieces = [column[i].to(sums.dtype) for column in columns]
+        for row, of_target, done in zip(rows, factors, begun, strict=True):
+            into, first = row[i], not done
+            for values, factor in zip(pieces, of_target, strict=True):
+                if not factor:
+                    continue
+                if not first:
+                    into.add_(values, alpha=factor)
+                elif factor == 1:
+                    into.copy_(values)
+                else:
+                    torch.mul(values, factor, out=into)
+                first = False

@@ -8,7 +8,7 @@ use, because FSDP replaces it (at the first forward, at load_state_dict), so no 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -18,8 +18,10 @@ from torch import nn
 
 from phema_dist.errors import LayoutError
 from phema_dist.shard import Box, Held, check_exact_cover, share_out, whole
+from phema_dist.storage.snapshot import DTYPE_NAMES
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     from phema_dist.ranks import Ranks
@@ -69,9 +71,8 @@ class LocalTensor:
         tensor = store.get(self.name)
         if self.sharded is not None:
             # What FSDP2 gathers is a plain tensor or, with tensor parallelism, a DTensor of other placements.
-            current = _is_dtensor(tensor) and tensor.placements == self.sharded.placements
-            # 15 times cheaper than to_local(), which also enters autograd.
-            tensor = (tensor if current else self.sharded)._local_tensor  # noqa: SLF001
+            current = tensor if _is_dtensor(tensor) and tensor.placements == self.sharded.placements else self.sharded
+            tensor = current._local_tensor  # noqa: SLF001  15 times cheaper than to_local(), which enters autograd
         if tensor is None or tuple(tensor.shape) != self.box.sizes or tensor.dtype != self.info.dtype:
             found = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise LayoutError(
@@ -120,11 +121,11 @@ class Ownership:
     pieces: tuple[Piece, ...]
 
 
-def read_layout(model: nn.Module, *, only_save_diff: bool = False) -> Layout:
+def read_layout(model: nn.Module, *, only_save_diff: bool = False, among: Container[str] | None = None) -> Layout:
     """Look at what this rank holds of `model`: plain, DDP, FSDP2, compiled, with activation checkpoints.
 
-    `only_save_diff` leaves out parameters that do not require gradients. Raises LayoutError for what cannot be
-    averaged without being wrong. FSDP2 modules are re-sharded first (no communication).
+    `only_save_diff` leaves out parameters that do not require gradients, `among` whatever has another name. Raises
+    LayoutError for what cannot be averaged without being wrong. FSDP2 modules are re-sharded first (no communication).
     """
     reshard(model)
     tensors: dict[int, LocalTensor] = {}
@@ -132,6 +133,8 @@ def read_layout(model: nn.Module, *, only_save_diff: bool = False) -> Layout:
     for found in _walk(model, "", replicated=False):
         fqn, module, name, tensor, replicated = found
         if only_save_diff and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
+        if among is not None and fqn not in among:
             continue
         if (first := tensors.get(id(tensor))) is not None:
             aliases[fqn] = first.info.fqn
@@ -145,15 +148,20 @@ def reshard(model: nn.Module) -> None:
 
     After a forward without gradients the root stays gathered: its forward would not look at the shards again.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
-            module.reshard()
+    for module in _fsdp_modules(model):
+        module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some parameter is a DTensor, so that a forward needs all ranks."""
-    return any(_is_dtensor(parameter) for parameter in model.parameters())
+    """Whether some parameter is a DTensor, or will be one again, so that a forward needs all ranks."""
+    return any(map(_is_dtensor, model.parameters())) or any(True for _ in _fsdp_modules(model))
+
+
+def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: then there are none
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            yield module
 
 
 def select(layout: Layout, shapes: Mapping[str, Sequence[int]], *, partial: bool) -> Layout:
@@ -167,8 +175,9 @@ def select(layout: Layout, shapes: Mapping[str, Sequence[int]], *, partial: bool
         wanted = tuple(shapes[fqn]) if fqn in shapes else None
         if found != wanted:
             raise LayoutError(
-                f"the model must have the tensors of the run: {fqn} is {wanted or 'not'} in the run and "
-                f"{found or 'not'} in the model. Pass the model that was averaged, wrapped or not."
+                f"the model must have the tensors of the run: {fqn} is {'not' if wanted is None else wanted} in the "
+                f"run and {'not' if found is None else found} in the model. Pass the model that was averaged, wrapped "
+                "or not."
             )
     return Layout(tuple(tensor for tensor in layout.tensors if tensor.info.fqn in shapes), layout.aliases)
 
@@ -240,12 +249,19 @@ def _walk(
 def _local_tensor(
     fqn: str, module: nn.Module, name: str, tensor: torch.Tensor, *, replicated: bool
 ) -> LocalTensor:
+    if nn.parameter.is_lazy(tensor):
+        raise LayoutError(f"{fqn} must have a shape; it is lazy. Run one forward before.")
     averaged = isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex())
     info = TensorInfo(fqn, tuple(tensor.shape), tensor.dtype, PARAMETER if averaged else BUFFER)
     if averaged and tensor.dtype not in _AVERAGE_DTYPE:
         raise LayoutError(
             f"{fqn} must be one of {', '.join(str(d)[6:] for d in _AVERAGE_DTYPE)} to be averaged; found "
             f"{tensor.dtype}. Average its master copy, or leave it out with requires_grad=False and only_save_diff."
+        )
+    if tensor.dtype not in DTYPE_NAMES:
+        raise LayoutError(
+            f"{fqn} must have a dtype that safetensors can hold; found {tensor.dtype}. A buffer is left out if it is "
+            "registered with persistent=False."
         )
     if tensor.device.type == "meta":
         raise LayoutError(f"{fqn} must have storage; it is on the meta device. Call to_empty and initialise it first.")

@@ -115,7 +115,10 @@ class Session:
     def _pieces_of(self, model: nn.Module | None) -> list[tuple[Piece, ...]]:
         """The owned pieces in a model that is passed: usually the same one, or the same one less its wrappers."""
         if model is not None and model is not self._model:
-            layout = select(read_layout(model), self._shapes, partial=self._settings.only_save_diff)
+            partial = self._settings.only_save_diff
+            layout = select(
+                read_layout(model, among=self._shapes if partial else None), self._shapes, partial=partial
+            )
             found = {tensor.info.fqn: tensor for tensor in layout.tensors}
             self._pieces = [
                 tuple(Piece(found[piece.info.fqn], piece.box) for piece in pieces) for pieces in self._pieces
@@ -135,11 +138,23 @@ class _Start:
 
 def begin(store: Store, model: nn.Module, ranks: Ranks, settings: Settings, *, resume: bool | int) -> Session:
     """Collective: agree on who owns what, and begin or continue the run in storage. Errors reach every rank."""
+    _check_same_settings(ranks, settings, resume=resume)
     layout = ranks.each(lambda: read_layout(model, only_save_diff=settings.only_save_diff))
     ownership = agree(layout, ranks)
     start = ranks.on_first(lambda: _start(store, ownership, ranks.size, settings, resume=resume))
     ranks.each(lambda: _check_same_place(store, start.attempt))
     return Session(model, layout, ownership, ranks, settings, start, store)
+
+
+def _check_same_settings(ranks: Ranks, settings: Settings, *, resume: bool | int) -> None:
+    """Collective: ranks with another cadence or dtype would write snapshots that never become whole."""
+    first, *others = ranks.gather({**vars(settings), "resume": resume})
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise SettingsError(
+                    f"{name} must be the same on all ranks; got {value} on rank 0 and {other[name]} on rank {rank}."
+                )
 
 
 def _start(store: Store, ownership: Ownership, world_size: int, settings: Settings, *, resume: bool | int) -> _Start:

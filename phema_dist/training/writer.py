@@ -9,8 +9,10 @@ collective: a snapshot is complete when all ranks have written, which nobody nee
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -135,10 +137,11 @@ class Writer:
         self._dtype = DTYPE_NAMES[checkpoint_dtype or torch.float32]
         self._images = [_make_image(segments, checkpoint_dtype) for _ in place.sigma_rels] if segments else []
         self._documents: dict[str, bytes] = {}  # what rank 0 has read of the run; documents never change
-        self._num_updates = 0
+        self._num_updates = self._skipping = 0
         self._last: Update | None = None
         self._averages: Worker[Update] = Worker("phema-averages", self._apply)
         self._storage: Worker[Manifest] = Worker("phema-storage", self._store)
+        _open_writers.add(self)
 
     def update(self, pieces: Sequence[Sequence[Piece]], t: int, calls: int, *, snapshot: bool) -> None:
         """Copy the model and queue an update at t; waits only while both slots are still being taken in."""
@@ -162,8 +165,7 @@ class Writer:
         try:
             return self.drain(timeout)
         finally:
-            self._averages.stop()
-            self._storage.stop()
+            self._stop()
 
     def abandon(self, timeout: float) -> None:
         """End the threads after an error elsewhere: store what is queued if that is quick, and raise nothing."""
@@ -171,6 +173,10 @@ class Writer:
             self.drain(timeout)
         except BackgroundError as error:
             _log.warning("%s", error)
+        self._stop()
+
+    def _stop(self) -> None:
+        _open_writers.discard(self)
         self._averages.stop()
         self._storage.stop()
 
@@ -189,9 +195,14 @@ class Writer:
         while self._storage.num_pending:
             if self._averages.num_pending >= NUM_SLOTS:
                 self.counts.skipped += 1
-                _log.warning("t=%d: no snapshot, storage is still busy with the one before", update.t)
+                self._skipping += 1
+                if self._skipping == 1:  # once, however long storage stays busy
+                    _log.warning("t=%d: no snapshot, storage is still busy with the one before", update.t)
                 return
             self._storage.wait_until_fewer(1, _POLL_SECONDS)
+        if self._skipping > 1:
+            _log.warning("t=%d: storage is free again; %d snapshots were skipped", update.t, self._skipping)
+        self._skipping = 0
         place = self._place
         if refused is None:
             refused = self._fill_images(staged)
@@ -260,3 +271,18 @@ def stored_dtype(segment: Segment, checkpoint_dtype: torch.dtype | None) -> torc
     if segment.averaged and segment.average_dtype == torch.float32 and checkpoint_dtype is not None:
         return checkpoint_dtype
     return segment.average_dtype
+
+
+_open_writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+_SECONDS_AT_EXIT = 10.0
+
+
+def _drain_at_exit() -> None:
+    for writer in list(_open_writers):
+        _log.warning("the program ends and PostHocEMA was not closed: storing what is queued, without a last snapshot")
+        writer.abandon(_SECONDS_AT_EXIT)
+
+
+# Private, but there is no other moment: when atexit runs, storage clients can no longer start the threads they need.
+threading._register_atexit(_drain_at_exit)  # type: ignore[attr-defined]  # noqa: SLF001
+os.register_at_fork(after_in_child=_open_writers.clear)  # a DataLoader's worker has no thread to wait for

@@ -1,0 +1,209 @@
+"""What a rank holds: names of the bare model, each tensor once, and refusals instead of wrong averages."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from phema_dist.errors import LayoutError
+from phema_dist.ranks import ALONE
+from phema_dist.shard import whole
+from phema_dist.training.layout import BUFFER, PARAMETER, agree, is_sharded, read_layout, select
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x))
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def inner_wrapped(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.ModuleList([wrap(Block()), Block()])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        inner_wrapped(lambda block: block),
+        inner_wrapped(checkpoint_wrapper),
+        inner_wrapped(compiled),
+        inner_wrapped(lambda block: compiled(checkpoint_wrapper(block))),
+        compiled(inner_wrapped(checkpoint_wrapper)),
+    ],
+    ids=["plain", "checkpoint", "compile", "both", "around"],
+)
+def test_wrappers_leave_the_names_of_the_bare_model(model: nn.Module) -> None:
+    bare = inner_wrapped(lambda block: block)
+    found = [(t.info.fqn, t.info.shape, t.info.dtype) for t in read_layout(model).tensors]
+    assert sorted(found) == sorted((name, tuple(t.shape), t.dtype) for name, t in bare.state_dict().items())
+
+
+def test_a_child_that_is_called_module_keeps_its_name() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(2, 2, bias=False)})
+    assert [t.info.fqn for t in read_layout(model).tensors] == ["module.weight"]
+
+
+def test_tied_tensors_are_held_once_and_known_under_each_name() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    model["b"].weight = model["c"].weight = model["a"].weight
+    model["c"].register_buffer("table", torch.zeros(2))
+    model["b"].register_buffer("table", model["c"].table)
+    layout = read_layout(model)
+    assert layout.aliases == {"b.weight": "a.weight", "c.weight": "a.weight", "c.table": "b.table"}
+    assert {t.info.fqn for t in layout.tensors} | set(layout.aliases) == set(model.state_dict())
+
+
+def test_persistent_buffers_are_stored_and_integers_are_never_averaged() -> None:
+    model = nn.Module()
+    model.register_buffer("kept", torch.zeros(2))
+    model.register_buffer("forgotten", torch.zeros(2), persistent=False)
+    model.register_buffer("absent", None)
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    model.weight = nn.Parameter(torch.zeros(()))
+    model.wave = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    found = {t.info.fqn: (t.info.kind, t.info.average_dtype) for t in read_layout(model).tensors}
+    assert found == {
+        "kept": (BUFFER, torch.float32),
+        "codes": (BUFFER, torch.int64),
+        "weight": (PARAMETER, torch.float32),
+        "wave": (PARAMETER, torch.complex64),
+    }
+
+
+def test_only_save_diff_leaves_out_frozen_parameters_and_keeps_buffers() -> None:
+    model = Block()
+    model.linear.weight.requires_grad_(requires_grad=False)
+    layout = read_layout(model, only_save_diff=True)
+    names = {t.info.fqn for t in layout.tensors}
+    assert names == set(model.state_dict()) - {"linear.weight"}
+    # A fresh model, with nothing frozen, is read for the tensors of such a run.
+    shapes = {t.info.fqn: t.info.shape for t in layout.tensors}
+    assert {t.info.fqn for t in select(read_layout(Block()), shapes, partial=True).tensors} == names
+    with pytest.raises(LayoutError, match=r"linear.weight is not in the run"):
+        select(read_layout(Block()), shapes, partial=False)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"weight": (4, 3), "bias": (5,)}, r"bias is \(5,\) in the run and \(4,\) in the model"),
+        ({"weight": (4, 3), "bias": (4,), "gain": ()}, r"gain is \(\) in the run and not in the model"),
+        ({"weight": (4, 3)}, r"bias is not in the run and \(4,\) in the model"),
+    ],
+)
+def test_a_model_that_is_not_the_runs_is_refused_by_the_first_difference(
+    shapes: dict[str, tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(LayoutError, match=message):
+        select(read_layout(nn.Linear(3, 4)), shapes, partial=False)
+
+
+def with_parameter(tensor: torch.Tensor) -> nn.Module:
+    model = nn.Module()
+    model.odd = nn.Parameter(tensor, requires_grad=False)
+    return model
+
+
+class Strange(torch.Tensor):
+    """What a quantizing library puts in place of a parameter."""
+
+
+class StrangeParameter(nn.Parameter):
+    """What a library puts in place of a parameter."""
+
+
+def with_buffer(tensor: torch.Tensor) -> nn.Module:
+    model = nn.Module()
+    model.register_buffer("odd", tensor)
+    return model
+
+
+def with_strange_parameter() -> nn.Module:
+    model = nn.Module()
+    model.odd = StrangeParameter(torch.zeros(2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: with_parameter(torch.zeros(2).to(torch.float8_e4m3fn)),
+            "odd must be one of float32, .*float8_e4m3fn",
+        ),
+        (lambda: with_parameter(torch.zeros(2, dtype=torch.complex128)), "odd must be one of .*complex128"),
+        (lambda: with_parameter(torch.zeros(2, device="meta")), "odd must have storage"),
+        (lambda: with_parameter(torch.zeros(2, 2).to_sparse()), "odd must be a plain tensor .*sparse_coo"),
+        (lambda: with_buffer(torch.zeros(2).as_subclass(Strange)), "odd must be a plain tensor .* Strange"),
+        (with_strange_parameter, "odd must be a plain tensor .* StrangeParameter"),
+        (lambda: nn.LazyLinear(3), "weight must have a shape"),
+        (lambda: with_buffer(torch.zeros(2, dtype=torch.complex128)), "odd must have a dtype .*complex128"),
+    ],
+    ids=[
+        "float8",
+        "complex128",
+        "meta",
+        "sparse",
+        "buffer subclass",
+        "parameter subclass",
+        "lazy",
+        "complex128 buffer",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_what_cannot_be_averaged_is_refused_by_name(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        read_layout(make())
+
+
+def test_a_frozen_float8_parameter_may_be_left_out() -> None:
+    model = with_parameter(torch.zeros(2).to(torch.float8_e4m3fn))
+    model.weight = nn.Parameter(torch.zeros(2))
+    assert [t.info.fqn for t in read_layout(model, only_save_diff=True).tensors] == ["weight"]
+
+
+def test_a_tensor_that_changed_its_shape_dtype_or_existence_is_named() -> None:
+    for change in (
+        lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(2, 3))),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.register_parameter("weight", None),
+    ):
+        model = nn.Linear(3, 4, bias=False)
+        (weight,) = read_layout(model).tensors
+        change(model)
+        with pytest.raises(LayoutError, match=r"weight must stay as it was .* torch.float32 \(4, 3\)"):
+            weight.local()
+
+
+def test_the_storage_is_looked_up_anew_and_never_kept() -> None:
+    model = nn.Linear(3, 4, bias=False)
+    (weight,) = read_layout(model).tensors
+    model.weight = nn.Parameter(torch.ones(4, 3))
+    assert weight.local() is model.weight
+    model.weight.data = torch.full((4, 3), 2.0)
+    assert bool((weight.local() == 2).all())
+
+
+def test_one_process_owns_all_of_a_plain_model_in_its_order() -> None:
+    model = Block()
+    owned = agree(read_layout(model), ALONE)
+    assert [p.info.fqn for p in owned.pieces] == [t.fqn for t in owned.tensors]
+    assert all(p.box == whole(p.info.shape) for p in owned.pieces)
+    assert {p.info.fqn for p in owned.pieces} == set(model.state_dict())
+    assert not is_sharded(model)
+
+
+def test_tensors_without_elements_are_tensors_of_the_run() -> None:
+    model: Any = nn.Module()
+    model.none = nn.Parameter(torch.zeros(0, 7))
+    assert [p.box for p in agree(read_layout(model), ALONE).pieces] == [whole((0, 7))]

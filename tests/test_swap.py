@@ -1,0 +1,200 @@
+"""Other values in a live model for a while: the same object in eval mode inside, and its own bits afterwards."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from phema_dist import PostHocEMA, synthesize
+from phema_dist.errors import LayoutError
+from phema_dist.training.layout import read_layout
+from phema_dist.training.swap import swapped
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+        self.low = nn.Linear(4, 4, dtype=torch.bfloat16)
+        self.out = nn.Linear(4, 3)
+        self.tied = nn.Linear(3, 4)
+        self.tied.weight = self.linear.weight
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache = self.cache + 1  # a forward that replaces a buffer, as some do
+        self.calls.add_(1)  # and one that changes it in place
+        x = self.norm(self.linear(x) + self.tied(x))
+        return self.out(self.dropout(self.low(x.bfloat16()).float())) * self.scale
+
+
+def trained(folder: Path, model: nn.Module | None = None) -> tuple[nn.Module, PostHocEMA]:
+    model = model or Net()
+    ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for step in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(16, 3, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        ema.update_(model)
+        ema._session.writer.drain()
+    return model, ema
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and all buffers, also those that no state dict has: their bits."""
+    return {
+        name: tensor.detach().clone().reshape(-1).view(torch.uint8)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+
+
+def assert_same_bits(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = everything(model)
+    assert after.keys() == before.keys()
+    assert [name for name in before if not torch.equal(after[name], before[name])] == []
+
+
+def leave_quietly(_: nn.Module) -> None:
+    pass
+
+
+def leave_by_an_error(model: nn.Module) -> None:
+    model.train()
+    model(torch.ones(5, 3))
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("leave", [leave_quietly, leave_by_an_error])
+@pytest.mark.parametrize("around", [lambda m: m, lambda m: torch.compile(m, backend="eager")], ids=["plain", "compile"])
+def test_parameters_buffers_and_flags_come_back_bit_for_bit(
+    leave: Callable[[nn.Module], None], around: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    bare, ema = trained(tmp_path)
+    model = around(bare)
+    model.train()
+    bare.norm.eval()  # as in fine-tuning: not all modules have one flag
+    with torch.no_grad():
+        bare.linear.bias[0], bare.low.bias[0] = torch.nan, -0.0  # bits, not numbers
+    before, flags = everything(model), [module.training for module in model.modules()]
+    objects = [id(t) for t in (*model.parameters(), *model.buffers())]
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    ended = False
+    try:
+        with ema.model(model, 0.15) as averaged:
+            assert averaged is model
+            assert not any(module.training for module in model.modules())
+            inside = everything(model)
+            (wanted,) = synthesize(tmp_path, [0.15])
+            plain = Net().eval()
+            plain.load_state_dict(wanted.state_dict, strict=True)
+            x = torch.randn(6, 3, generator=torch.Generator().manual_seed(99))
+            with torch.no_grad():
+                assert torch.equal(bare(x), plain(x))
+            leave(model)
+    except ZeroDivisionError:
+        ended = True
+    assert ended == (leave is leave_by_an_error)
+    assert_same_bits(model, before)
+    assert [module.training for module in model.modules()] == flags
+    assert [id(t) for t in (*model.parameters(), *model.buffers())] == objects  # an optimizer holds them
+    assert all(
+        torch.equal(a, p.grad)
+        for a, p in zip(grads, (p for p in model.parameters() if p.grad is not None), strict=True)
+    )
+    assert not torch.equal(inside[next(iter(inside))], before[next(iter(before))])
+    ema.close()
+
+
+def test_an_error_while_it_is_filled_brings_back_what_was_there(tmp_path: Path) -> None:
+    model, ema = trained(tmp_path)
+    ema.close()
+    data = max(tmp_path.glob("snapshots/*/sigma_rel-*/*.safetensors"))
+    stored = bytearray(data.read_bytes())
+    stored[-1] ^= 1
+    data.write_bytes(stored)
+    before = everything(model)
+    with pytest.raises(ValueError, match="is damaged"), ema.model(model, 0.28):
+        raise AssertionError
+    assert_same_bits(model, before)
+    assert model.training
+
+
+def test_blocks_may_be_nested_and_repeated(tmp_path: Path) -> None:
+    model, ema = trained(tmp_path)
+    before = everything(model)
+    with ema.model(model, 0.28):
+        long = everything(model)
+        with ema.model(model, 0.05):
+            assert not torch.equal(everything(model)["linear.weight"], long["linear.weight"])
+        assert_same_bits(model, long)
+    assert_same_bits(model, before)
+    ema.close()
+
+
+def test_a_fresh_model_of_the_same_architecture_is_filled_from_a_run_that_is_only_read(tmp_path: Path) -> None:
+    _, ema = trained(tmp_path)
+    ema.close()
+    model = Net()
+    with PostHocEMA.from_path(tmp_path).model(model, 0.1):
+        (wanted,) = synthesize(tmp_path, [0.1])
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, wanted.state_dict[name].to(tensor.dtype)), name
+
+
+def test_frozen_parameters_stay_what_they_are_where_only_the_difference_is_stored(tmp_path: Path) -> None:
+    model = Net()
+    model.out.requires_grad_(requires_grad=False)
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1, only_save_diff=True)
+    ema.update_(model)
+    with ema.state_dict(0.28) as state:
+        assert set(model.state_dict()) - set(state) == {"out.weight", "out.bias"}
+    own = model.out.weight.clone()
+    model.requires_grad_(requires_grad=False)  # as some do to evaluate
+    with ema.model(model, 0.28):
+        assert torch.equal(model.out.weight, own)
+    ema.close()
+
+
+def test_a_frozen_float8_parameter_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    model = Net()
+    model.codes = nn.Parameter(torch.zeros(3).to(torch.float8_e4m3fn), requires_grad=False)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1, only_save_diff=True) as ema:
+        ema.update_(model)
+        with ema.model(model, 0.28):
+            pass
+
+
+def test_another_model_is_refused_untouched(tmp_path: Path) -> None:
+    _, ema = trained(tmp_path)
+    other = nn.Linear(3, 4)
+    before = everything(other)
+    with pytest.raises(LayoutError, match=r"scale is \(\) in the run and not in the model"):  # noqa: SIM117
+        with ema.model(other, 0.1):
+            pass
+    assert_same_bits(other, before)
+    assert other.training
+    ema.close()
+
+
+def test_a_write_reaches_one_box_and_no_gradient() -> None:
+    model = nn.Linear(3, 4)
+    layout = read_layout(model)
+    weight = next(t for t in layout.tensors if t.info.fqn == "weight")
+    before = model.weight.detach().clone()
+    with swapped(model, layout) as write:
+        write("weight", weight.box.rows(1, 3), torch.full((2, 3), 7.0))
+        assert torch.equal(model.weight[[0, 3]], before[[0, 3]])
+        assert bool((model.weight[1:3] == 7).all())
+        assert model.weight.grad_fn is None
+    assert torch.equal(model.weight, before)
