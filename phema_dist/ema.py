@@ -204,7 +204,8 @@ class PostHocEMA:
         ranks = self._session.ranks if self._session else join() if is_sharded(model) else ALONE
         info = ranks.on_first(lambda: runs.read_info(self._store))
         shapes = {fqn: facts.shape for fqn, facts in info.tensors.items()}
-        layout = ranks.each(lambda: select(read_layout(model), shapes, partial=info.only_save_diff))
+        names = shapes if info.only_save_diff else None
+        layout = ranks.each(lambda: select(read_layout(model, among=names), shapes, partial=info.only_save_diff))
         wanted = {tensor.info.fqn: [tensor.box] for tensor in layout.tensors}
         with swapped(model, layout) as write:
 

@@ -135,10 +135,11 @@ class Held:
 def share_out(held: Sequence[Held], num_ranks: int) -> list[list[tuple[int, Box]]]:
     """Decide who owns what: for each rank, the (tensor, box) pairs that it averages and stores.
 
-    Every element gets exactly one owner among the ranks that hold it. Boxes with one holder stay with it. What
-    several ranks hold alike is laid end to end and cut, at whole rows, so that the bytes of those ranks become as
-    equal as water in connected vessels: no rank exceeds the larger of what it alone holds and the mean, by more than
-    about one row. Cuts follow the order of `held`, so a rank owns one run of neighbouring tensors, cut at two places.
+    Every element gets exactly one owner among the ranks that hold it. Boxes with one holder stay with it. What several
+    ranks hold alike is laid end to end and cut, at whole rows, so that the bytes of those ranks level out like water in
+    connected vessels: where all ranks share it, no rank exceeds the larger of what it alone holds and the mean, by more
+    than about one row; where groups nest (replicas of shards), that mean is of the group. Cuts follow the order of
+    `held`, so a rank owns one run of neighbouring tensors, cut at two places.
     """
     owned: list[list[tuple[int, Box]]] = [[] for _ in range(num_ranks)]
     load = [0] * num_ranks

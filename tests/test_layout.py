@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -207,3 +208,16 @@ def test_tensors_without_elements_are_tensors_of_the_run() -> None:
     model: Any = nn.Module()
     model.none = nn.Parameter(torch.zeros(0, 7))
     assert [p.box for p in agree(read_layout(model), ALONE).pieces] == [whole((0, 7))]
+
+
+def fsdp1() -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415
+
+    model = nn.Sequential(FullyShardedDataParallel(nn.Linear(3, 4), device_id=torch.device("cpu")))
+    return ranks.outcome(lambda: read_layout(model))
+
+
+def test_fsdp1_is_refused_with_the_way_out() -> None:
+    for error in ranks.run(2, fsdp1):
+        assert error.startswith("LayoutError: 0 must be plain, DDP or FSDP2; found FSDP1")
+        assert "fully_shard" in error

@@ -137,7 +137,7 @@ class Writer:
         self._dtype = DTYPE_NAMES[checkpoint_dtype or torch.float32]
         self._images = [_make_image(segments, checkpoint_dtype) for _ in place.sigma_rels] if segments else []
         self._documents: dict[str, bytes] = {}  # what rank 0 has read of the run; documents never change
-        self._num_updates = self._skipping = 0
+        self._num_updates = self._skipping = self._handled_t = 0
         self._last: Update | None = None
         self._averages: Worker[Update] = Worker("phema-averages", self._apply)
         self._storage: Worker[Manifest] = Worker("phema-storage", self._store)
@@ -185,8 +185,10 @@ class Writer:
         staged = self._staging.slots[update.slot]
         t = update.t - self._place.origin
         averaged = [flat for segment, flat in zip(self._segments, staged, strict=True) if segment.averaged]
-        if t > self._tracker.t and not self._tracker.update(averaged, t):
-            _log.warning("t=%d: parameters are not finite and do not enter the averages", update.t)
+        if update.t > self._handled_t:  # the last update comes again, for its snapshot, at close
+            self._handled_t = update.t
+            if not self._tracker.update(averaged, t):
+                _log.warning("t=%d: parameters are not finite and do not enter the averages", update.t)
         if update.snapshot:
             self._snapshot(update, staged, None if self._tracker.t == t else "its parameters are not finite")
 
