@@ -8,10 +8,10 @@ snapshot was sharded, and memory holds a few tiles beside whatever the caller ke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
 # What a reader hands out: target index, tensor, box, and its values (valid only during the call; any thread).
 Sink = Callable[[int, str, Box, torch.Tensor], None]
+Progress = Callable[[int], object]  # told the number of bytes read, now and then
 
 _TILE_BYTES = BLOCK_BYTES
-_MOST_BUFFERS = 8  # snapshots that are read before they are added, so that sums stay in the cache
-_ALIGNMENT = 16  # of a buffer: of any dtype
 _MEMORY_BYTES = 256 << 20
 _CHUNK = 32768  # elements of one addition: stays in the cache, and in the calling thread
 
@@ -133,7 +132,7 @@ def stream(
     *,
     wanted: Mapping[str, Sequence[Box]] | None = None,
     calculation_dtype: torch.dtype = torch.float32,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Make the averages of `recipes`, all for one t, reading every byte once.
 
@@ -160,16 +159,18 @@ def stream(
     ]
     reference = library.source(newest, info.sigma_rels[0], (1.0,) * len(recipes))
 
-    num_threads, num_buffers = _divide_memory(len(recipes), store.read_concurrency)
+    num_readers, found_bytes = _divide_memory(len(recipes), store.read_concurrency)
     tiles = _cut_tiles(info, reference.layout, wanted, calculation_dtype)
-    rooms = [_Room(num_buffers) for _ in range(num_threads)]
+    rooms = [_Room(found_bytes) for _ in range(num_readers)]
 
     def make(tile: Tile) -> None:
         room = rooms.pop()  # there is one for each thread
-        _make_tile(store, sources if tile.averaged else [reference], tile, room, sink, progress)
-        rooms.append(room)
+        try:
+            _make_tile(store, sources if tile.averaged else [reference], tile, room, sink, progress)
+        finally:
+            rooms.append(room)
 
-    with ThreadPoolExecutor(num_threads, "phema-read") as pool:
+    with ThreadPoolExecutor(num_readers, "phema-read") as pool:
         jobs = [pool.submit(make, tile) for tile in tiles]
         done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
         if any(job.exception() for job in done):
@@ -185,10 +186,10 @@ def num_bytes(recipes: Sequence[Recipe]) -> int:
 
 
 def _divide_memory(num_targets: int, most_threads: int) -> tuple[int, int]:
-    """Number of threads, and of buffers for each, so that all tiles in flight (sums and what is read) fit."""
-    num_blocks = _MEMORY_BYTES // _TILE_BYTES // 2  # 16-bit files double in float32; a misaligned tile reads one more
-    num_threads = max(1, min(most_threads, num_blocks // (num_targets + 1)))
-    return num_threads, max(1, min(_MOST_BUFFERS, num_blocks // num_threads - num_targets))
+    """Number of readers, and the bytes that each may read before it adds them: many targets' sums leave the cache."""
+    sums_bytes = 2 * num_targets * _TILE_BYTES  # 16-bit files double in float32
+    num_readers = max(1, min(most_threads, _MEMORY_BYTES // (sums_bytes + 2 * _TILE_BYTES)))
+    return num_readers, min((num_targets + 1) * _TILE_BYTES, _MEMORY_BYTES // num_readers - sums_bytes)
 
 
 def _files(snapshot: Snapshot, sigma_rel: float) -> list[ShardFile]:
@@ -247,55 +248,41 @@ def _cuts(entry: Entry) -> Iterator[tuple[int, int]]:
 class _Room:
     """Memory that a reader works in, reused from tile to tile: fresh pages cost more than what is read into them."""
 
-    def __init__(self, num_buffers: int) -> None:
-        self.num_buffers = num_buffers
+    def __init__(self, found_bytes: int) -> None:
+        self.found_bytes = found_bytes  # at most, unless one source needs more
         self._held: dict[str, torch.Tensor] = {}
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised, until the next one of this name."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if name not in self._held or self._held[name].numel() < num_bytes:
-            self._held[name] = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._held[name][:num_bytes].view(dtype).view(shape)
+    def rows(self, name: str, num_rows: int, row_bytes: int) -> torch.Tensor:
+        """Uninitialised bytes, until the next call with this name; each row is aligned for any dtype."""
+        width = -(-row_bytes // 16) * 16
+        if name not in self._held or len(self._held[name]) < num_rows * width:
+            self._held[name] = torch.empty(num_rows * width, dtype=torch.uint8)
+        return self._held[name][: num_rows * width].view(num_rows, width)[:, :row_bytes]
 
 
 def _make_tile(
-    store: Store,
-    sources: Sequence[Source],
-    tile: Tile,
-    room: _Room,
-    sink: Sink,
-    progress: Callable[[int], object] | None,
+    store: Store, sources: Sequence[Source], tile: Tile, room: _Room, sink: Sink, progress: Progress | None
 ) -> None:
-    sums = room.tensor("sums", (len(sources[0].coefficients), tile.numel), tile.dtype)
-    begun = [False] * len(sums)
-    for batch in _batches(sources, room.num_buffers):
-        for index, moves in enumerate(_plan_moves(batch[0].layout, tile)):
-            for start, stop, group in _reads(moves, batch[0].files[index].data_bytes, batch[0].block_bytes):
-                width = -(-(stop - start) // _ALIGNMENT) * _ALIGNMENT
-                buffers = room.tensor("buffers", (len(batch), width), torch.uint8)
-                for source, buffer in zip(batch, buffers, strict=True):
-                    _read_checked(store, source, source.files[index], start, buffer[: stop - start])
-                    if progress is not None:
-                        progress(stop - start)
-                for move in group:
-                    found = buffers[:, move.first_byte - start : move.last_byte - start].view(move.dtype)
-                    _add(sums, begun, [source.coefficients for source in batch], found, move)
-        begun = [done or any(s.coefficients[k] for s in batch) for k, done in enumerate(begun)]
+    num_targets = len(sources[0].coefficients)
+    sums = room.rows("sums", num_targets, tile.numel * tile.dtype.itemsize).view(tile.dtype)
+    firsts = [next((s for s in sources if s.coefficients[k]), None) for k in range(num_targets)]
+    for _, alike in groupby(sources, lambda source: (id(source.layout), source.block_bytes)):
+        same = list(alike)
+        for index, moves in enumerate(_plan_moves(same[0].layout, tile)):
+            for start, stop, group in _reads(moves, same[0].files[index].data_bytes, same[0].block_bytes):
+                size = max(1, room.found_bytes // (stop - start))
+                for batch in (same[i : i + size] for i in range(0, len(same), size)):
+                    found = room.rows("found", len(batch), stop - start)
+                    for source, data in zip(batch, found, strict=True):
+                        _read_checked(store, source, source.files[index], start, data)
+                        if progress is not None:
+                            progress(stop - start)
+                    for move in group:
+                        values = found[:, move.first_byte - start : move.last_byte - start].view(move.dtype)
+                        _add(sums, firsts, batch, values, move)
     for k, flat in enumerate(sums):
         for part in tile.parts:
             sink(k, part.fqn, part.box, flat[part.start : part.start + part.box.numel].view(part.box.sizes))
-
-
-def _batches(sources: Sequence[Source], size: int) -> Iterator[list[Source]]:
-    """Neighbouring sources of one layout, so that the same bytes of each go to the same elements."""
-    batch: list[Source] = []
-    for source in sources:
-        if batch and (len(batch) == size or source.layout is not batch[0].layout):
-            yield batch
-            batch = []
-        batch.append(source)
-    yield batch
 
 
 def _plan_moves(layout: Layout, tile: Tile) -> list[list[Move]]:
@@ -379,35 +366,30 @@ def _read_checked(store: Store, source: Source, file: ShardFile, start: int, dat
 
 
 def _add(
-    sums: torch.Tensor,
-    begun: Sequence[bool],
-    coefficients: Sequence[Sequence[float]],
-    found: torch.Tensor,
-    move: Move,
+    sums: torch.Tensor, firsts: Sequence[Source | None], batch: Sequence[Source], found: torch.Tensor, move: Move
 ) -> None:
-    """Add the same elements of a batch of sources, each times its coefficient, to the sum of each target.
+    """Add what was found in each source, times its coefficients, to the sum of each target; sources in their order.
 
-    Pieces of all sources stay in the cache until all targets have them. The first term is stored, not added, and a
-    factor of 1 not multiplied: then a looked-up average, or a buffer of any dtype, keeps its bits.
+    In pieces, so that those of all sources stay in the cache until every target has them. The first term is stored,
+    not added, and a factor of 1 not multiplied: then a looked-up average, or a buffer of any dtype, keeps its bits.
     """
     if len(move.sizes) == 1:
-        rows = [row.split(_CHUNK) for row in sums[:, move.target : move.target + move.sizes[0]]]
-        columns = [values.split(_CHUNK) for values in found]
+        num_pieces = -(-move.sizes[0] // _CHUNK)
+        rows = [row[move.target : move.target + move.sizes[0]].chunk(num_pieces) for row in sums]
+        columns = [values.chunk(num_pieces) for values in found]
     else:
         rows = [(row[move.target :].as_strided(move.sizes, move.to_strides),) for row in sums]
         columns = [(values.as_strided(move.sizes, move.from_strides),) for values in found]
-    factors = list(zip(*coefficients, strict=True))
-    for i in range(len(rows[0])):
+    for i in range(len(columns[0])):
         pieces = [column[i].to(sums.dtype) for column in columns]
-        for row, of_target, done in zip(rows, factors, begun, strict=True):
-            into, first = row[i], not done
-            for values, factor in zip(pieces, of_target, strict=True):
-                if not factor:
-                    continue
-                if not first:
-                    into.add_(values, alpha=factor)
+        for k, row in enumerate(rows):
+            into = row[i]
+            for source, values in zip(batch, pieces, strict=True):
+                factor = source.coefficients[k]
+                if source is not firsts[k]:
+                    if factor:
+                        into.add_(values, alpha=factor)
                 elif factor == 1:
                     into.copy_(values)
                 else:
                     torch.mul(values, factor, out=into)
-                first = False
