@@ -96,9 +96,9 @@ def others(model: nn.Module, folder: Path) -> dict[str, Callable[[], object]]:
 def arithmetic(num_layers: int, num_rounds: int, folder: Path) -> None:
     """(a) The averages alone, from staged parameters, with the check for non-finite ones."""
     wide = num_layers * WIDTH**2 // WIDE**2
-    for dtype, layers, width in (
-        (torch.float32, num_layers, WIDTH), (torch.bfloat16, num_layers, WIDTH), (torch.bfloat16, wide, WIDE)
-    )[: 3 if wide else 2]:  # fmt: skip
+    cases = [(torch.bfloat16, wide, WIDE)] if wide else []  # first: a heap that was in use keeps large blocks, too
+    cases += [(dtype, num_layers, WIDTH) for dtype in (torch.float32, torch.bfloat16)]
+    for dtype, layers, width in cases:
         model = make_model(layers, dtype, width)
         parts = segments(agree(read_layout(model), ALONE).pieces)
         staging, tracker = Staging(parts), Tracker(parts, SIGMA_RELS)

@@ -34,7 +34,8 @@ Progress = Callable[[int], object]  # told the number of bytes read, now and the
 
 _TILE_BYTES = BLOCK_BYTES
 _MEMORY_BYTES = 256 << 20
-_CHUNK = 32768  # elements of one addition: stays in the cache, and in the calling thread
+_PIECE = 1 << 15  # elements that torch adds in the calling thread, without helpers
+_SPAN = 8 * _PIECE
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,26 +371,26 @@ def _add(
 ) -> None:
     """Add what was found in each source, times its coefficients, to the sum of each target; sources in their order.
 
-    In pieces, so that those of all sources stay in the cache until every target has them. The first term is stored,
-    not added, and a factor of 1 not multiplied: then a looked-up average, or a buffer of any dtype, keeps its bits.
+    A span at a time, so that it stays in the cache until all targets have it, and a whole span in one call, because
+    readers wait for the interpreter lock after each. The first term is stored, not added, and a factor of 1 not
+    multiplied: then a looked-up average, or a buffer of any dtype, keeps its bits.
     """
-    if len(move.sizes) == 1:
-        num_pieces = -(-move.sizes[0] // _CHUNK)
-        rows = [row[move.target : move.target + move.sizes[0]].chunk(num_pieces) for row in sums]
-        columns = [values.chunk(num_pieces) for values in found]
-    else:
-        rows = [(row[move.target :].as_strided(move.sizes, move.to_strides),) for row in sums]
-        columns = [(values.as_strided(move.sizes, move.from_strides),) for values in found]
-    for i in range(len(columns[0])):
-        pieces = [column[i].to(sums.dtype) for column in columns]
-        for k, row in enumerate(rows):
-            into = row[i]
-            for source, values in zip(batch, pieces, strict=True):
+    flat = len(move.sizes) == 1
+    for i in range(0, move.sizes[0] if flat else 1, _SPAN):
+        if flat:
+            into = [row[move.target :][: move.sizes[0]][i : i + _SPAN].split(_PIECE) for row in sums]
+            values = [data[i : i + _SPAN].split(_PIECE) for data in found]
+        else:
+            into = [(row[move.target :].as_strided(move.sizes, move.to_strides),) for row in sums]
+            values = [(data.as_strided(move.sizes, move.from_strides),) for data in found]
+        if found.dtype != sums.dtype:
+            values = [tuple(piece.to(sums.dtype) for piece in pieces) for pieces in values]
+        for k, target in enumerate(into):
+            for source, pieces in zip(batch, values, strict=True):
                 factor = source.coefficients[k]
-                if source is not firsts[k]:
-                    if factor:
-                        into.add_(values, alpha=factor)
-                elif factor == 1:
-                    into.copy_(values)
-                else:
-                    torch.mul(values, factor, out=into)
+                if source is firsts[k]:
+                    torch._foreach_copy_(target, pieces)
+                    if factor != 1:
+                        torch._foreach_mul_(target, factor)
+                elif factor:
+                    torch._foreach_add_(target, pieces, alpha=factor)
