@@ -8,7 +8,8 @@ snapshot was sharded, and memory holds a few tiles beside whatever the caller ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -18,9 +19,10 @@ import torch
 import xxhash
 
 from phema_dist.errors import SnapshotError
-from phema_dist.shard import Box, check_exact_cover, flat_range_to_boxes, flat_span, intersect, whole
+from phema_dist.shard import Box, check_exact_cover, flat_range_to_boxes, flat_span, intersect
 from phema_dist.storage.manifest import BLOCK_BYTES
 from phema_dist.storage.snapshot import DTYPES, Entry, parse_header
+from phema_dist.synthesis.sums import TERMS_AT_ONCE, add_batch, num_rows, prefers_batches
 
 if TYPE_CHECKING:
     from phema_dist.storage.manifest import RunInfo, ShardFile, TensorFacts
@@ -34,8 +36,6 @@ Progress = Callable[[int], object]  # told the number of bytes read, now and the
 
 _TILE_BYTES = BLOCK_BYTES
 _MEMORY_BYTES = 256 << 20
-_PIECE = 1 << 15  # elements that torch adds in the calling thread, without helpers
-_SPAN = 8 * _PIECE
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +53,13 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One stored average, and its coefficient in each target."""
+    """One stored average, its coefficient in each target, and the targets that are just this average, bit for bit."""
 
     snapshot: Snapshot
     files: tuple[ShardFile, ...]
     layout: Layout
     coefficients: tuple[float, ...]
+    copied_to: tuple[int, ...]
 
     @property
     def block_bytes(self) -> int:
@@ -74,8 +75,8 @@ class Library:
         self._headers: dict[str, tuple[Entry, ...]] = {}
         self._layouts: dict[tuple[str, ...], Layout] = {}
 
-    def source(self, snapshot: Snapshot, sigma_rel: float, coefficients: tuple[float, ...]) -> Source:
-        """One profile of a snapshot, with the layout of its files."""
+    def source(self, snapshot: Snapshot, sigma_rel: float, recipes: Sequence[Recipe]) -> Source:
+        """One profile of a snapshot, with the layout of its files and its part in the recipes."""
         files = _files(snapshot, sigma_rel)
         for file in files:
             if file.checksums[0] not in self._headers:
@@ -90,7 +91,10 @@ class Library:
             for fqn, facts in self._info.tensors.items():
                 check_exact_cover(fqn, facts.shape, [entry.box for _, entry in layout.places.get(fqn, ())])
             self._layouts[key_of_layout] = layout
-        return Source(snapshot, tuple(files), self._layouts[key_of_layout], coefficients)
+        terms = [{(term.sigma_rel, term.snapshot.t): term.coefficient for term in recipe.terms} for recipe in recipes]
+        factors = [coefficients.get((sigma_rel, snapshot.t), 0.0) for coefficients in terms]
+        copied_to = tuple(k for k, recipe in enumerate(recipes) if factors[k] == 1 and len(recipe.terms) == 1)
+        return Source(snapshot, tuple(files), self._layouts[key_of_layout], tuple(factors), copied_to)
 
 
 @dataclass(frozen=True)
@@ -153,31 +157,32 @@ def stream(
     library = Library(store, info)
     newest = recipes[0].newest
     used = {(term.sigma_rel, term.snapshot.t): term.snapshot for recipe in recipes for term in recipe.terms}
-    factors = [{(term.sigma_rel, term.snapshot.t): term.coefficient for term in r.terms} for r in recipes]
-    sources = [
-        library.source(snapshot, key[0], tuple(f.get(key, 0.0) for f in factors))
-        for key, snapshot in sorted(used.items())
-    ]
-    reference = library.source(newest, info.sigma_rels[0], (1.0,) * len(recipes))
+    sources = [library.source(snapshot, sigma_rel, recipes) for (sigma_rel, _), snapshot in sorted(used.items())]
+    reference = library.source(newest, info.sigma_rels[0], ())
+    # Buffers are not averaged: all results take those of the newest snapshot.
+    copied = replace(reference, copied_to=tuple(range(len(recipes))))
 
-    num_readers, found_bytes = _divide_memory(len(recipes), store.read_concurrency)
+    num_readers = _num_readers(len(recipes), store.read_concurrency)
     tiles = _cut_tiles(info, reference.layout, wanted, calculation_dtype)
-    rooms = [_Room(found_bytes) for _ in range(num_readers)]
+    rooms = [_Room() for _ in range(num_readers)]
 
     def make(tile: Tile) -> None:
         room = rooms.pop()  # there is one for each thread
         try:
-            _make_tile(store, sources if tile.averaged else [reference], tile, room, sink, progress)
+            _make_tile(store, sources if tile.averaged else [copied], tile, room, sink, progress)
         finally:
             rooms.append(room)
 
-    with ThreadPoolExecutor(num_readers, "phema-read") as pool:
+    # Readers are the parallelism: helpers of their own would only wait for each other.
+    num_torch_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_readers, "phema-read", torch.set_num_threads, (1,)) as pool:
         jobs = [pool.submit(make, tile) for tile in tiles]
         done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
         if any(job.exception() for job in done):
             pool.shutdown(cancel_futures=True)
-        for job in done:
-            job.result()
+    torch.set_num_threads(num_torch_threads)  # what threads to come begin with
+    for job in done:
+        job.result()
 
 
 def num_bytes(recipes: Sequence[Recipe]) -> int:
@@ -186,11 +191,10 @@ def num_bytes(recipes: Sequence[Recipe]) -> int:
     return sum(file.data_bytes for (sigma_rel, _), snapshot in used.items() for file in _files(snapshot, sigma_rel))
 
 
-def _divide_memory(num_targets: int, most_threads: int) -> tuple[int, int]:
-    """Number of readers, and the bytes that each may read before it adds them: many targets' sums leave the cache."""
-    sums_bytes = 2 * num_targets * _TILE_BYTES  # 16-bit files double in float32
-    num_readers = max(1, min(most_threads, _MEMORY_BYTES // (sums_bytes + 2 * _TILE_BYTES)))
-    return num_readers, min((num_targets + 1) * _TILE_BYTES, _MEMORY_BYTES // num_readers - sums_bytes)
+def _num_readers(num_targets: int, most: int) -> int:
+    """As many as are worthwhile, if all that they hold fits: sums and values in float32, and what was read."""
+    others = TERMS_AT_ONCE if prefers_batches(num_targets, torch.float32) else num_targets + 1
+    return max(1, min(most, _MEMORY_BYTES // (_TILE_BYTES * (num_rows(num_targets) + others + 1))))
 
 
 def _files(snapshot: Snapshot, sigma_rel: float) -> list[ShardFile]:
@@ -211,79 +215,106 @@ def _cut_tiles(
 ) -> Iterator[Tile]:
     """Follow the files of the layout, so that a tile is one stretch of bytes wherever a snapshot is sharded alike."""
     for entries in layout.files:
-        parts: list[Part] = []
-        numel, group = 0, None
-        for entry in entries:
-            facts = info.tensors[entry.fqn]
-            boxes = [whole(facts.shape)] if wanted is None else wanted.get(entry.fqn, ())
-            averaged, dtype = facts.kind == "parameter", result_dtype(facts)
-            if averaged and dtype == torch.float32:
-                dtype = calculation_dtype
-            for start, stop in _cuts(entry):
-                index = entry.start + start * entry.dtype.itemsize
-                now = (index // _TILE_BYTES, averaged, dtype)
-                if now != group:
-                    if parts:
-                        yield Tile(tuple(parts), numel, *group[1:])  # type: ignore[index]
-                    parts, numel, group = [], 0, now
-                for cut in flat_range_to_boxes(entry.box, start, stop):
-                    for box in boxes:
-                        shared = cut if cut == box else intersect(cut, box)
-                        if shared is not None:
-                            parts.append(Part(entry.fqn, shared, numel))
-                            numel += shared.numel
-        if parts:
-            yield Tile(tuple(parts), numel, *group[1:])  # type: ignore[index]
+        cuts = (cut for entry in entries for cut in _cuts(entry, info.tensors[entry.fqn], calculation_dtype))
+        for (_, averaged, dtype), group in groupby(cuts, key=lambda cut: cut[0]):
+            parts, numel = [], 0
+            for _, fqn, cut in group:
+                boxes = [cut] if wanted is None else [intersect(cut, box) for box in wanted.get(fqn, ())]
+                for box in filter(None, boxes):
+                    parts.append(Part(fqn, box, numel))
+                    numel += box.numel
+            if parts:
+                yield Tile(tuple(parts), numel, averaged, dtype)
 
 
-def _cuts(entry: Entry) -> Iterator[tuple[int, int]]:
-    """The elements of an entry, cut where a tile ends in the file."""
+def _cuts(
+    entry: Entry, facts: TensorFacts, calculation_dtype: torch.dtype
+) -> Iterator[tuple[tuple[int, bool, torch.dtype], str, Box]]:
+    """The boxes of an entry, cut where a tile ends in the file; with the tile's number, whether averaged, and dtype."""
+    averaged, dtype = facts.kind == "parameter", result_dtype(facts)
+    if averaged and dtype == torch.float32:
+        dtype = calculation_dtype
     size, start = entry.dtype.itemsize, 0
     while start < entry.box.numel:
-        end_of_tile = ((entry.start + start * size) // _TILE_BYTES + 1) * _TILE_BYTES
-        stop = min(entry.box.numel, max(start + 1, (end_of_tile - entry.start) // size))
-        yield start, stop
+        number = (entry.start + start * size) // _TILE_BYTES
+        stop = min(entry.box.numel, max(start + 1, ((number + 1) * _TILE_BYTES - entry.start) // size))
+        for box in flat_range_to_boxes(entry.box, start, stop):
+            yield (number, averaged, dtype), entry.fqn, box
         start = stop
 
 
 class _Room:
     """Memory that a reader works in, reused from tile to tile: fresh pages cost more than what is read into them."""
 
-    def __init__(self, found_bytes: int) -> None:
-        self.found_bytes = found_bytes  # at most, unless one source needs more
+    def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
-    def rows(self, name: str, num_rows: int, row_bytes: int) -> torch.Tensor:
-        """Uninitialised bytes, until the next call with this name; each row is aligned for any dtype."""
-        width = -(-row_bytes // 16) * 16
-        if name not in self._held or len(self._held[name]) < num_rows * width:
-            self._held[name] = torch.empty(num_rows * width, dtype=torch.uint8)
-        return self._held[name][: num_rows * width].view(num_rows, width)[:, :row_bytes]
+    def rows(self, name: str, num_rows: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised, until the next call with this name."""
+        num_bytes = num_rows * numel * dtype.itemsize
+        if name not in self._held or len(self._held[name]) < num_bytes:
+            self._held[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._held[name][:num_bytes].view(dtype).view(num_rows, numel)
 
 
 def _make_tile(
     store: Store, sources: Sequence[Source], tile: Tile, room: _Room, sink: Sink, progress: Progress | None
 ) -> None:
-    num_targets = len(sources[0].coefficients)
-    sums = room.rows("sums", num_targets, tile.numel * tile.dtype.itemsize).view(tile.dtype)
-    firsts = [next((s for s in sources if s.coefficients[k]), None) for k in range(num_targets)]
-    for _, alike in groupby(sources, lambda source: (id(source.layout), source.block_bytes)):
-        same = list(alike)
-        for index, moves in enumerate(_plan_moves(same[0].layout, tile)):
-            for start, stop, group in _reads(moves, same[0].files[index].data_bytes, same[0].block_bytes):
-                size = max(1, room.found_bytes // (stop - start))
-                for batch in (same[i : i + size] for i in range(0, len(same), size)):
-                    found = room.rows("found", len(batch), stop - start)
-                    for source, data in zip(batch, found, strict=True):
-                        _read_checked(store, source, source.files[index], start, data)
-                        if progress is not None:
-                            progress(stop - start)
-                    for move in group:
-                        values = found[:, move.first_byte - start : move.last_byte - start].view(move.dtype)
-                        _add(sums, firsts, batch, values, move)
-    for k, flat in enumerate(sums):
-        for part in tile.parts:
-            sink(k, part.fqn, part.box, flat[part.start : part.start + part.box.numel].view(part.box.sizes))
+    """Read the tile of each source, a batch at a time, add them up, and hand out the sums."""
+    copied = {k for source in sources for k in source.copied_to}
+    summed = [k for k in range(len(sources[0].coefficients)) if k not in copied]
+    coefficients = torch.tensor([[s.coefficients[k] for s in sources] for k in summed], dtype=torch.float64)
+    coefficients = coefficients.view(len(summed), len(sources))
+    sums = room.rows("sums", num_rows(len(summed)), tile.numel, tile.dtype)
+    collect = prefers_batches(len(summed), tile.dtype)
+    plans: dict[int, list[list[Move]]] = {}
+
+    def read(batch: Sequence[Source], into: torch.Tensor) -> Iterator[torch.Tensor]:
+        for source, row in zip(batch, into, strict=True):
+            if id(source.layout) not in plans:
+                plans[id(source.layout)] = _plan_moves(source.layout, tile)
+            _read_tile(store, source, plans[id(source.layout)], row, room, progress)
+            for k in source.copied_to:
+                _hand_out(tile, k, row, sink)
+            yield row
+
+    for begin in range(0, len(sources), TERMS_AT_ONCE):
+        batch = sources[begin : begin + TERMS_AT_ONCE]
+        values = room.rows("values", len(batch) if collect else 1, tile.numel, tile.dtype)
+        rows: Iterable[torch.Tensor] = read(batch, values.expand(len(batch), -1))
+        if collect:
+            deque(rows, maxlen=0)
+            rows = values
+        add_batch(sums, coefficients[:, begin : begin + TERMS_AT_ONCE], rows, first=begin == 0)
+    for k, row in zip(summed, sums, strict=False):
+        _hand_out(tile, k, row, sink)
+
+
+def _hand_out(tile: Tile, k: int, row: torch.Tensor, sink: Sink) -> None:
+    for part in tile.parts:
+        sink(k, part.fqn, part.box, row[part.start : part.start + part.box.numel].view(part.box.sizes))
+
+
+def _read_tile(
+    store: Store, source: Source, plan: list[list[Move]], row: torch.Tensor, room: _Room, progress: Progress | None
+) -> None:
+    """Fill a row with the elements of a tile, in its dtype; straight from the file where they lie there alike."""
+    for file, moves in zip(source.files, plan, strict=True):
+        for start, stop, group in _reads(moves, file.data_bytes, source.block_bytes):
+            move = group[0]
+            if (move.first_byte, move.last_byte, move.to_strides, move.dtype) == (start, stop, (1,), row.dtype):
+                part = row[move.target : move.target + move.sizes[0]]
+                _read_checked(store, source, file, start, part.view(torch.uint8))
+            else:
+                (data,) = room.rows("read", 1, stop - start, torch.uint8)
+                _read_checked(store, source, file, start, data)
+                for move in group:
+                    found = data[move.first_byte - start : move.last_byte - start].view(move.dtype)
+                    row[move.target :].as_strided(move.sizes, move.to_strides).copy_(
+                        found.as_strided(move.sizes, move.from_strides)
+                    )
+            if progress is not None:
+                progress(stop - start)
 
 
 def _plan_moves(layout: Layout, tile: Tile) -> list[list[Move]]:
@@ -364,33 +395,3 @@ def _read_checked(store: Store, source: Source, file: ShardFile, start: int, dat
                 f"{store.describe(key)} is damaged: bytes {first} to {first + len(block)} of its data are not those "
                 "that were written (their checksum differs). Delete that snapshot to go on without it."
             )
-
-
-def _add(
-    sums: torch.Tensor, firsts: Sequence[Source | None], batch: Sequence[Source], found: torch.Tensor, move: Move
-) -> None:
-    """Add what was found in each source, times its coefficients, to the sum of each target; sources in their order.
-
-    A span at a time, so that it stays in the cache until all targets have it, and a whole span in one call, because
-    readers wait for the interpreter lock after each. The first term is stored, not added, and a factor of 1 not
-    multiplied: then a looked-up average, or a buffer of any dtype, keeps its bits.
-    """
-    flat = len(move.sizes) == 1
-    for i in range(0, move.sizes[0] if flat else 1, _SPAN):
-        if flat:
-            into = [row[move.target :][: move.sizes[0]][i : i + _SPAN].split(_PIECE) for row in sums]
-            values = [data[i : i + _SPAN].split(_PIECE) for data in found]
-        else:
-            into = [(row[move.target :].as_strided(move.sizes, move.to_strides),) for row in sums]
-            values = [(data.as_strided(move.sizes, move.from_strides),) for data in found]
-        if found.dtype != sums.dtype:
-            values = [tuple(piece.to(sums.dtype) for piece in pieces) for pieces in values]
-        for k, target in enumerate(into):
-            for source, pieces in zip(batch, values, strict=True):
-                factor = source.coefficients[k]
-                if source is firsts[k]:
-                    torch._foreach_copy_(target, pieces)
-                    if factor != 1:
-                        torch._foreach_mul_(target, factor)
-                elif factor:
-                    torch._foreach_add_(target, pieces, alpha=factor)

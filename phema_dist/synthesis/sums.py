@@ -1,0 +1,79 @@
+"""Adding up snapshots in one fixed order, so that a result has the same bits whoever makes it.
+
+A sum is made of batches of `TERMS_AT_ONCE` terms in their order: inside a batch, each term is added by one fused
+multiply-add to a sum that begins at zero; the batches' sums are added in turn. A matrix product does just that, and
+much faster for several targets, if its kernel keeps that order. Whether it does is asked of the machine, not believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+
+TERMS_AT_ONCE = 16  # part of the result: another number would round differently
+_FEW = 3  # targets for which adding a snapshot while it is hot is faster than collecting a batch
+_ROWS = 4  # of a matrix product, and multiples: kernels for fewer keep another order
+_WIDTH = 8192  # columns of a matrix product, always: narrow ones are made by kernels of another order
+
+
+def num_rows(num_targets: int) -> int:
+    """How many rows of sums to provide for a number of targets; those beyond it are scratch."""
+    return -(-num_targets // _ROWS) * _ROWS
+
+
+def prefers_batches(num_targets: int, dtype: torch.dtype) -> bool:
+    """Whether `add_batch` is faster with all rows of a batch at once."""
+    return num_targets >= _FEW and _product_keeps_order(num_rows(num_targets), TERMS_AT_ONCE, dtype)
+
+
+def add_batch(sums: torch.Tensor, factors: torch.Tensor, rows: Iterable[torch.Tensor], *, first: bool) -> None:
+    """Add up to `TERMS_AT_ONCE` terms: sums[k] += sum over j of factors[k, j] * rows[j].
+
+    Args:
+        sums: [num_rows, n]; overwritten if this is the `first` batch.
+        factors: [targets, terms], float64.
+        rows: a matrix [terms, n], or terms rows of n, one after another and possibly in one place.
+        first: whether `sums` holds nothing yet.
+    """
+    done = 0
+    num_targets, num_terms = factors.shape
+    if isinstance(rows, torch.Tensor):
+        if _product_keeps_order(len(sums), num_terms, sums.dtype):
+            done = rows.shape[1] // _WIDTH * _WIDTH
+            _add_product(sums[:, :done], factors, rows[:, :done], first=first)
+        rows = rows[:, done:]
+    _add_in_turn(sums[:num_targets, done:], factors, rows, first=first)
+
+
+def _add_product(sums: torch.Tensor, factors: torch.Tensor, values: torch.Tensor, *, first: bool) -> None:
+    matrix = torch.zeros(len(sums), len(values), dtype=sums.dtype)
+    matrix[: len(factors)] = factors
+    for i in range(0, values.shape[1], _WIDTH):
+        part = sums[:, i : i + _WIDTH]
+        torch.addmm(part, matrix, values[:, i : i + _WIDTH], beta=0 if first else 1, out=part)
+
+
+def _add_in_turn(sums: torch.Tensor, factors: torch.Tensor, rows: Iterable[torch.Tensor], *, first: bool) -> None:
+    into = sums.zero_() if first else torch.zeros_like(sums)
+    for row, coefficients in zip(rows, factors.T.tolist(), strict=True):
+        for k, coefficient in enumerate(coefficients):
+            into[k].add_(row, alpha=coefficient)
+    if not first:
+        sums.add_(into)
+
+
+@cache
+def _product_keeps_order(rows: int, terms: int, dtype: torch.dtype) -> bool:
+    """Whether a matrix product of this shape gives the bits of additions in turn, here and now."""
+    if not dtype.is_floating_point:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(rows, terms, generator=generator, dtype=torch.float64)
+    values = torch.randn(terms, _WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    found, wanted = (torch.empty(rows, _WIDTH, dtype=dtype) for _ in range(2))
+    for first in (True, False):
+        _add_product(found, factors, values, first=first)
+        _add_in_turn(wanted, factors, values, first=first)
+    return torch.equal(found, wanted)
