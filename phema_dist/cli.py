@@ -160,13 +160,15 @@ def _outputs(out: str, sigma_rels: Sequence[float]) -> dict[float, Path]:
     if "://" in out:
         raise PhemaError(f"--out must be a local file or folder, to be uploaded from there; got {out}.")
     path, lengths = Path(out), list(dict.fromkeys(sigma_rels))
+    if path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
+        raise PhemaError(f"--out must be a folder or end in .safetensors; got {out}.")
     if path.suffix == ".safetensors" and not path.is_dir():
         if len(lengths) > 1:
             raise PhemaError(f"--out must be a folder for {len(lengths)} lengths; got the file name {out}.")
         return {lengths[0]: path}
     if len(lengths) == 1:
         return {lengths[0]: path / _FILE_NAME}
-    return {sigma_rel: path / f"sigma_rel-{sigma_rel:g}" / _FILE_NAME for sigma_rel in lengths}
+    return {sigma_rel: path / f"sigma_rel-{sigma_rel!r}" / _FILE_NAME for sigma_rel in lengths}
 
 
 @contextmanager
@@ -187,6 +189,6 @@ def _progress_bar() -> Iterator[Progress]:
 def _summary(recipe: Recipe, path: Path) -> str:
     certificate = recipe.certificate
     return (
-        f"{path}: sigma_rel {recipe.sigma_rel:g} at t={recipe.t}, from {certificate.num_snapshots} snapshots, "
-        f"profile error {certificate.profile_error:.2%}, rounding noise {certificate.rounding_noise:.1e}"
+        f"{path}: sigma_rel {recipe.sigma_rel:g} at t={recipe.t}, from snapshots: {certificate.num_snapshots}, "
+        f"profile error {certificate.profile_error:.2%}, rounding noise {certificate.rounding_noise:.2%}"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from phema_dist.errors import BackgroundError, SettingsError
+from phema_dist.errors import SettingsError
 from phema_dist.ranks import ALONE, Ranks, join
 from phema_dist.storage import run as runs
 from phema_dist.storage.store import open_store
@@ -41,11 +41,18 @@ class PostHocEMA:
     """
 
     def __init__(self, store: Store, settings: Settings, calculation_dtype: torch.dtype = torch.float32) -> None:
+        if not isinstance(settings, Settings):
+            raise SettingsError("make a PostHocEMA with PostHocEMA.from_model or PostHocEMA.from_path.")
         self._store, self._settings, self._calculation_dtype = store, settings, calculation_dtype
         self._model: nn.Module | None = None
         self._resume: bool | int = True  # how a run that was opened to read would go on
         self._session: Session | None = None
+        self._ranks = ALONE  # that train together
+        self._borrowed = 0  # how many `model` blocks hold an average in the live model
         self._closed = False
+
+    def __repr__(self) -> str:
+        return f"PostHocEMA({self._store.url!r}, t={self.t}{', closed' * self._closed})"
 
     @staticmethod
     def from_model(
@@ -167,12 +174,14 @@ class PostHocEMA:
             t: training time now, if it is not one more than at the last call: samples seen, tokens, …
 
         Raises:
-            SettingsError: t does not grow.
-            LayoutError: a tensor was added, removed, resized or has another dtype.
+            SettingsError: t does not grow, or the parameters are an average, inside `with ema.model(...)`.
+            LayoutError: a tensor was removed, resized or has another dtype, or `model` is another model.
             BackgroundError: a background thread has stopped; its error is the cause.
         """
         if self._closed:
             raise SettingsError("this PostHocEMA is closed; make a new one with resume=True to go on.")
+        if self._borrowed:
+            raise SettingsError("update_ inside `with ema.model(...)` would average an average; call it outside.")
         session = self._session
         if session is None:
             model = self._model if model is None else model
@@ -201,19 +210,23 @@ class PostHocEMA:
             ProfileError, RunError, StorageError: as `synthesize`.
             LayoutError: the model does not have the run's tensors.
         """
-        ranks = self._session.ranks if self._session else join() if is_sharded(model) else ALONE
+        ranks = self._ranks if self._session else join() if is_sharded(model) else ALONE
         info = ranks.on_first(lambda: runs.read_info(self._store))
         shapes = {fqn: facts.shape for fqn, facts in info.tensors.items()}
         names = shapes if info.only_save_diff else None
         layout = ranks.each(lambda: select(read_layout(model, among=names), shapes, partial=info.only_save_diff))
         wanted = {tensor.info.fqn: [tensor.box] for tensor in layout.tensors}
-        with swapped(model, layout) as write:
+        with swapped(model, layout, ranks) as write:
 
             def fill(_: int, fqn: str, box: Box, values: torch.Tensor) -> None:
                 write(fqn, box, values)
 
             self._synthesize(ranks, sigma_rel, step, fill, wanted, calculation_dtype)
-            yield model
+            self._borrowed += 1
+            try:
+                yield model
+            finally:
+                self._borrowed -= 1
 
     @contextmanager
     def state_dict(
@@ -232,9 +245,9 @@ class PostHocEMA:
         Raises:
             ProfileError, RunError, StorageError: as `synthesize`.
         """
-        ranks = self._session.ranks if self._session else ALONE
-        state = empty_state(ranks.on_first(lambda: runs.read_info(self._store)))
-        self._synthesize(ranks, sigma_rel, step, fill_states([state]), None, calculation_dtype)
+        info = self._ranks.on_first(lambda: runs.read_info(self._store))
+        state = self._ranks.each(lambda: empty_state(info))
+        self._synthesize(self._ranks, sigma_rel, step, fill_states([state]), None, calculation_dtype)
         yield state
 
     def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image:
@@ -266,12 +279,11 @@ class PostHocEMA:
             timeout: seconds to wait at most; None: as long as it takes (every put has a deadline).
 
         Raises:
-            BackgroundError: a background thread has stopped, or `timeout` was too short.
+            BackgroundError: a background thread has stopped, `timeout` was too short, or that snapshot was not stored.
         """
         if self._session is not None and not self._closed:
             self._closed = True
-            if not self._session.writer.close(timeout):
-                raise BackgroundError(f"storage is still busy after {timeout} s; what it has not stored is lost.")
+            self._session.writer.close(timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -285,12 +297,10 @@ class PostHocEMA:
 
     def _begin(self, model: nn.Module, ranks: Ranks, resume: bool | int) -> Session:
         """Collective: start training on the run, from its snapshot if it has one."""
-        session = begin(self._store, model, ranks, self._settings, resume=resume)
-        if session.parent is not None:
-            ranks.each(lambda: self._restore(session))
-            session.restored()
-        self._session = session
-        return session
+        with torch.inference_mode(mode=False):  # or the background threads could not write what is made here
+            self._session = begin(self._store, model, ranks, self._settings, self._restore, resume=resume)
+        self._ranks = ranks
+        return self._session
 
     def _restore(self, session: Session) -> None:
         """Fill the averages of what this rank owns from the snapshot that the session goes on from."""
@@ -323,8 +333,8 @@ class PostHocEMA:
     ) -> None:
         """Collective where ranks are several: wait for what each has queued, then stream rank 0's view of the run."""
         dtype = self._calculation_dtype if calculation_dtype is None else _sum_dtype(calculation_dtype)
-        if self._session is not None and not self._closed:
-            ranks.each(self._session.writer.drain)
+        if self._session is not None:
+            _check_same_t(ranks, self._session, closed=self._closed)
 
         def look() -> tuple[RunInfo, Recipe]:
             run = runs.open_run(self._store)
@@ -343,8 +353,27 @@ class PostHocEMA:
 _SECONDS_AFTER_ERROR = 10.0
 
 
+def _check_same_t(ranks: Ranks, session: Session, *, closed: bool) -> None:
+    """Collective: wait until each rank has stored what it queued, and compare their clocks."""
+
+    def settle() -> int:
+        if not closed:
+            session.writer.drain()
+        return session.t
+
+    ts = ranks.together(settle)
+    if len(set(ts)) > 1:
+        raise SettingsError(
+            f"update_ must be called on every rank with the same t; their last ones are {ts}. Snapshots of ranks that "
+            "disagree are never complete."
+        )
+
+
 def _floats(sigma_rels: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if sigma_rels is None else tuple(map(float, sigma_rels))
+    try:
+        return None if sigma_rels is None else tuple(map(float, sigma_rels))
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"sigma_rels must be a sequence of numbers; got {sigma_rels!r}.") from error
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -47,12 +47,12 @@ class Ranks:
                 raise
             error = caught
         gathered = self.gather((result, None if error is None else _portable(error)))
-        if error is not None:
-            raise error
         for rank, (_, other) in enumerate(gathered):
             if other is not None:
-                kind, text = other
-                raise kind(f"rank {rank}: {text}")
+                if rank == self.rank and error is not None:
+                    raise error
+                kind, text = other  # the same class on all ranks, so that all of them take the same way out
+                raise kind(f"rank {rank}: {text}") from error
         return [value for value, _ in gathered]  # type: ignore[misc]
 
     def each(self, step: Callable[[], T]) -> T:
@@ -63,8 +63,22 @@ class Ranks:
 
     def on_first(self, step: Callable[[], T]) -> T:
         """Collective: run `step` on rank 0 alone; its result on every rank, or its error on every rank."""
-        first, *_ = self.together(lambda: step() if self.rank == 0 else None)
-        return first  # type: ignore[return-value]
+        if self.group is None:
+            return step()
+        answer: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                answer[0] = step()
+            except Exception as caught:  # noqa: BLE001  whatever it was, the other ranks must learn of it
+                error, answer[1] = caught, _portable(caught)
+        dist.broadcast_object_list(answer, group=self.group, group_src=0)
+        if error is not None:
+            raise error
+        if answer[1] is not None:
+            kind, text = answer[1]
+            raise kind(f"rank 0: {text}")
+        return answer[0]  # type: ignore[no-any-return]
 
 
 def _portable(error: Exception) -> tuple[type[PhemaError], str]:

@@ -537,11 +537,11 @@ def test_a_run_goes_on_in_another_world_as_if_it_had_not_been_interrupted(tmp_pa
         train(ema, model, range(1, 41))
 
     assert run(2, part_of_a_run, "ddp", other, False, 25, False) == [0, 0]  # snapshots at 10 and 20, then killed
-    assert run(2, part_of_a_run, "ddp", other, 19, 10, True) == [10, 10]  # from 10, and nothing more
+    assert run(2, part_of_a_run, "ddp", other, 10, 10, True) == [10, 10]  # from 10, and nothing more
     hidden = open_run(open_store(other))
     assert [s.t for s in hidden.complete] == [10]
     assert [s.t for s in hidden.abandoned] == [20]
-    assert run(4, part_of_a_run, "fsdp", other, 15, 30, True) == [10] * 4
+    assert run(4, part_of_a_run, "fsdp", other, 10, 30, True) == [10] * 4
 
     model = Net()
     with PostHocEMA.from_model(model, other, update_every=3, checkpoint_every=10, resume=True) as ema:

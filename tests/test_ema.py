@@ -15,7 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from phema_dist import BackgroundError, LayoutError, PostHocEMA, RunError, SettingsError, SnapshotError, synthesize
+from phema_dist import (
+    BackgroundError,
+    LayoutError,
+    PostHocEMA,
+    RunError,
+    SettingsError,
+    SnapshotError,
+    StorageError,
+    synthesize,
+)
 from phema_dist.storage.run import delete_snapshot, open_run
 from phema_dist.storage.store import LocalStore, open_store
 
@@ -198,7 +207,7 @@ def test_a_run_is_not_overwritten_but_continued(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds a run already, its newest complete snapshot is t=100.*resume=True"):
         PostHocEMA.from_model(model, tmp_path / "run")
     ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=45)
-    assert ema.t == 40
+    assert ema.t == 45  # the model is there; the averages are of t=40, and the next update covers what lies between
     ema.close()
     run = open_run(open_store(tmp_path / "run"))
     assert [s.t for s in run.complete] == [10, 20, 30, 40]
@@ -368,6 +377,31 @@ def test_updates_go_on_while_a_put_hangs(tmp_path: Path, monkeypatch: pytest.Mon
     assert complete[-1] == 515
 
 
+def test_after_a_skip_all_ranks_come_to_take_the_same_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which ones are taken follows from the number of calls alone: here, every other one."""
+    released, original = threading.Event(), LocalStore.put
+
+    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
+        assert released.wait(60) or "snapshots" not in key
+        original(self, key, data)
+
+    released.set()
+    monkeypatch.setattr(LocalStore, "put", put)
+    model = nn.Linear(16, 16)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10) as ema:
+        released.clear()
+        for t in range(1, 161):
+            ema.update_(model)
+            if t == 25:
+                released.set()
+            if t > 25:
+                ema._session.writer.drain()
+        assert ema._session.writer.counts.skipped == 1 + 6
+    assert [s.t for s in open_run(open_store(tmp_path / "run")).complete] == [10, 40, 60, 80, 100, 120, 140, 160]
+
+
 def test_a_failed_put_costs_that_snapshot_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -375,14 +409,14 @@ def test_a_failed_put_costs_that_snapshot_only(
 
     def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
         if "000000000030" in key and key.endswith("0.28/rank-00000.safetensors"):
-            raise __import__("phema_dist").StorageError("the disk is full")
+            raise StorageError("the disk is full")
         original(self, key, data)
 
     monkeypatch.setattr(LocalStore, "put", put)
     trained(tmp_path / "run", 50)
     run = open_run(open_store(tmp_path / "run"))
     assert [s.t for s in run.complete] == [10, 20, 40, 50]
-    assert "t=30: the snapshot is lost, training goes on: the disk is full" in caplog.text
+    assert "rank 0, t=30: the snapshot is lost, training goes on: the disk is full" in caplog.text
 
 
 def test_a_dead_thread_is_told_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,14 +470,16 @@ def test_large_values_are_not_taken_for_infinities(tmp_path: Path) -> None:
 
 def test_an_average_beyond_float16_is_refused_not_stored_as_infinity(tmp_path: Path) -> None:
     model = nn.Linear(4, 4)
-    with PostHocEMA.from_model(
+    ema = PostHocEMA.from_model(
         model, tmp_path / "run", update_every=1, checkpoint_every=1, checkpoint_dtype=torch.float16
-    ) as ema:
-        ema.update_(model)
-        ema._session.writer.drain()
-        with torch.no_grad():
-            model.weight.fill_(1e6)
-        ema.update_(model)
+    )
+    ema.update_(model)
+    ema._session.writer.drain()
+    with torch.no_grad():
+        model.weight.fill_(1e6)
+    ema.update_(model)
+    with pytest.raises(BackgroundError, match=r"last snapshot could not be stored: t=2: .*range of float16"):
+        ema.close()
     run = open_run(open_store(tmp_path / "run"))
     assert [s.t for s in run.complete] == [1]
     assert "exceeds the range of float16" in str(run.snapshots[-1].problem)
@@ -607,3 +643,173 @@ def test_a_forked_child_neither_writes_nor_waits(tmp_path: Path) -> None:
         assert child.exitcode == 0
         ema.update_(model)
     assert open_run(open_store(tmp_path / "run")).complete[-1].t == 2
+
+
+def test_the_clock_goes_on_where_the_model_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """resume=27: the model is at 27, the averages at 20; the next update covers what lies between."""
+    model = Clock(60)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10) as ema:
+        for t in range(1, 26):
+            model.set(t)
+            ema.update_(model)
+            ema._session.writer.drain()
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=24) as ema:
+        assert ema.t == 24
+        for t in range(25, 61):
+            model.set(t)
+            ema.update_(model)
+    assert "going on from the snapshot at t=20; the averages saw nothing of t=21 to 24" in caplog.text
+    times = [*range(1, 21), *range(25, 61)]
+    found = synthesize(tmp_path / "run", [0.28])[0].state_dict["weight"].double().numpy()
+    np.testing.assert_allclose(found, tracked(gamma_of(0.28), times, 61), atol=1e-7)
+
+
+def test_resuming_from_nothing_but_incomplete_snapshots_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path / "run", 20)
+    for manifest in (tmp_path / "run/snapshots").glob("*/*.json"):
+        manifest.unlink()
+    PostHocEMA.from_model(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), tmp_path / "run", resume=True).close()
+    assert "cannot go on from t=20: manifests of rank 0 of 1 are missing" in caplog.text
+
+
+def test_a_superseded_job_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes its check, uploads slowly, and meanwhile another job has continued the run."""
+    model, begun, go_on, original = nn.Linear(4, 4), threading.Event(), threading.Event(), LocalStore.put
+
+    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
+        if "000000000015-a0" in key and key.endswith(".json"):
+            begun.set()
+            assert go_on.wait(60)
+        original(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    older = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5, max_checkpoints=2)
+    for _ in range(15):
+        older.update_(model)
+        if not begun.is_set() and older.t < 15:
+            older._session.writer.drain()
+    assert begun.wait(60)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5, resume=True) as newer:
+        for _ in range(30):
+            newer.update_(model)
+            newer._session.writer.drain()
+    before = [(s.t, s.attempt) for s in open_run(open_store(tmp_path / "run")).complete]
+    go_on.set()
+    with pytest.raises(BackgroundError, match="superseded by attempt 1"):
+        older.close()
+    assert [(s.t, s.attempt) for s in open_run(open_store(tmp_path / "run")).complete] == before
+    assert len(before) > 6
+
+
+def test_what_no_rank_will_finish_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LocalStore.put
+
+    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
+        if "000000000030-a0/rank" in key:
+            raise StorageError("no space for the manifest")
+        original(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    trained(tmp_path / "run", 60)
+    assert [s.t for s in open_run(open_store(tmp_path / "run")).snapshots] == [10, 20, 40, 50, 60]
+
+
+def test_pins_hold_on_an_abandoned_branch(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 30)
+    store = open_store(tmp_path / "run")
+    store.put("pins/000000000030", b"")
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    with PostHocEMA.from_model(model, store.url, update_every=1, checkpoint_every=7, resume=10) as ema:
+        for _ in range(35):
+            ema.update_(model)
+            ema._session.writer.drain()
+    assert [s.t for s in open_run(store).abandoned] == [30]
+
+
+def test_a_last_snapshot_that_is_not_stored_is_an_error_at_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(4, 4)
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1)
+    ema.update_(model)
+
+    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    with pytest.raises(BackgroundError, match="the last snapshot could not be stored: the disk is full"):
+        ema.close()
+
+
+def test_a_deletion_that_fails_is_not_called_a_lost_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def delete(self: LocalStore, keys: object) -> None:
+        raise StorageError("may not delete")
+
+    monkeypatch.setattr(LocalStore, "delete", delete)
+    trained(tmp_path / "run", 50, max_checkpoints=2)
+    assert [s.t for s in open_run(open_store(tmp_path / "run")).complete] == [10, 20, 30, 40, 50]
+    assert "older snapshots could not be deleted: may not delete" in caplog.text
+    assert "is lost" not in caplog.text
+
+
+def test_an_average_is_not_averaged(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+        ema.update_(model)
+        with (
+            ema.model(model, sigma_rel=0.1),
+            pytest.raises(SettingsError, match="would average an average"),
+        ):
+            ema.update_(model)
+        ema.update_(model)
+
+
+def test_the_users_defaults_for_dtype_device_and_mode_do_not_matter(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4).bfloat16()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1)
+            for _ in range(3):
+                ema.update_(model)
+                ema._session.writer.drain()
+            with ema.state_dict(sigma_rel=0.1) as state:
+                assert state["weight"].dtype == torch.float32
+                torch.testing.assert_close(state["weight"], model.weight.float(), rtol=1e-4, atol=1e-6)
+            (found,) = synthesize(tmp_path / "run", [0.2])
+            torch.testing.assert_close(found.state_dict["weight"], model.weight.float(), rtol=1e-4, atol=1e-6)
+            ema.close()
+            again = PostHocEMA.from_path(tmp_path / "run", model)
+            again.update_()
+            again.close()
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("t", [5.5, "7", None])
+def test_t_is_an_integer(tmp_path: Path, t: object) -> None:
+    with PostHocEMA.from_model(nn.Linear(2, 2), tmp_path / "run") as ema:
+        if t is None:
+            ema.update_(t=np.int64(4))
+            ema.update_(t=torch.tensor(5))
+            assert ema.t == 5
+        else:
+            with pytest.raises(SettingsError, match="t must be an integer"):
+                ema.update_(t=t)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="from_model"):
+        PostHocEMA(nn.Linear(2, 2), tmp_path / "run")  # type: ignore[arg-type]
+
+
+def test_what_the_certificate_warns_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained(tmp_path / "run", 50, checkpoint_dtype=torch.bfloat16)
+    synthesize(tmp_path / "run", [0.1])
+    assert "the rounding of BF16 snapshots changes parameters by about" in caplog.text
+    synthesize(tmp_path / "run", [0.1], t=45)
+    assert "t=40, where a snapshot is, would be more exact" in caplog.text
+    with pytest.raises(SnapshotError, match=r"complete snapshots up to t=50; got t=60"):
+        synthesize(tmp_path / "run", [0.1], t=60)

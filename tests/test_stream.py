@@ -58,7 +58,7 @@ def write_run(
     values: Values = {}
     parent = None
     for t, owned in layouts:
-        attempt = runs.start_attempt(store, len(owned), parent)
+        attempt = runs.start_attempt(store, len(owned), len(list((path / "attempts").glob("*"))), parent)
         for sigma_rel in SIGMA_RELS:
             generator = torch.Generator().manual_seed(t + int(1000 * sigma_rel))
             values[sigma_rel, t] = {

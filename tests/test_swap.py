@@ -9,6 +9,7 @@ from torch import nn
 
 from phema_dist import PostHocEMA, synthesize
 from phema_dist.errors import LayoutError
+from phema_dist.ranks import ALONE
 from phema_dist.training.layout import read_layout
 from phema_dist.training.swap import swapped
 
@@ -192,9 +193,38 @@ def test_a_write_reaches_one_box_and_no_gradient() -> None:
     layout = read_layout(model)
     weight = next(t for t in layout.tensors if t.info.fqn == "weight")
     before = model.weight.detach().clone()
-    with swapped(model, layout) as write:
+    with swapped(model, layout, ALONE) as write:
         write("weight", weight.box.rows(1, 3), torch.full((2, 3), 7.0))
         assert torch.equal(model.weight[[0, 3]], before[[0, 3]])
         assert bool((model.weight[1:3] == 7).all())
         assert model.weight.grad_fn is None
     assert torch.equal(model.weight, before)
+
+
+def test_buffers_that_cannot_be_written_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.register_buffer("scale", torch.tensor(0.5).expand(3, 1), persistent=False)
+    with torch.inference_mode():
+        cache = torch.ones(4)
+    model.register_buffer("cache", cache, persistent=False)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+        ema.update_(model)
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        own = model[0].weight.clone()
+        with pytest.raises(ZeroDivisionError), ema.model(model, sigma_rel=0.1):
+            assert not torch.equal(model[0].weight, own)
+            raise ZeroDivisionError
+    assert torch.equal(model[0].weight, own)
+    assert model.training
+    assert model.cache is cache
+
+
+def test_a_parameter_that_cannot_be_written_is_named_before_anything_is_changed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+        ema.update_(model)
+        model[0].weight = nn.Parameter(torch.zeros(1, 3).expand(3, 3))
+        with pytest.raises(LayoutError, match=r"0\.weight must be writable"), ema.model(model, sigma_rel=0.1):
+            pass
+    assert model.training

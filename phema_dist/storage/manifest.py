@@ -77,7 +77,8 @@ class ShardFile:
 class Manifest:
     """One rank's part of a snapshot. `refused` says why this rank has nothing to give, instead of files.
 
-    `updates` are the knots of the update history, counted from the origin; `calls` counts calls of update_.
+    `updates` are the knots of the update history, counted from the origin, in rank 0's manifest only; `calls` counts
+    calls of update_.
     """
 
     format: int

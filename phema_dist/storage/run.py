@@ -44,6 +44,7 @@ class Snapshot:
     num_bytes: int
     manifests: tuple[Manifest, ...]  # by rank, if complete
     problem: str | None
+    unfinished: bool = False  # some rank has not written its manifest
 
     @property
     def folder(self) -> str:
@@ -62,6 +63,12 @@ class Run:
     abandoned: tuple[Snapshot, ...]  # of older attempts, later than the t that a newer one continued from
     pins: frozenset[int] = field(default=frozenset())
 
+    @property
+    def next_attempt(self) -> int:
+        """A number that no attempt had; snapshots count too, as the record of an attempt may be lost."""
+        numbers = [a.number for a in self.attempts] + [s.attempt for s in (*self.snapshots, *self.abandoned)]
+        return 1 + max(numbers, default=-1)
+
     @cached_property
     def complete(self) -> tuple[Snapshot, ...]:
         """The complete snapshots, by t."""
@@ -79,23 +86,28 @@ class Run:
             broken = "; ".join(f"t={s.t}: {s.problem}" for s in self.snapshots if s.problem)
             later = f"; the first complete one is t={self.complete[0].t}" if self.complete else ""
             raise SnapshotError(
-                f"{self.store.url} has no complete snapshot{when} yet{later}. "
-                + (f"Incomplete: {broken}." if broken else "The first is written after checkpoint_every updates.")
+                f"{self.store.url} has no complete snapshot{when}{later or ' yet'}. "
+                + (f"Incomplete: {broken}." if broken else "")
+                + ("" if later or broken else "The first is written at the call of update_ number checkpoint_every.")
             )
         return found
 
 
-def open_run(store: Store, documents: dict[str, bytes] | None = None) -> Run:
+Known = dict[str, tuple[dict[str, int], "Snapshot"]]  # folder -> its files and their sizes, and what they are
+
+
+def open_run(store: Store, known: Known | None = None) -> Run:
     """Read the table of contents of a run.
 
     Args:
         store: where it lives.
-        documents: what was read before, and what is read now is added: a document never changes.
+        known: the snapshots that were read before, brought up to date: files never change, so one whose files are the
+            same is the same.
 
     Raises:
         RunError: there is no run, or it cannot be read; names the place.
     """
-    return _read_run(store, store.list(), {} if documents is None else documents)
+    return _read_run(store, store.list(), {} if known is None else known)
 
 
 def read_info(store: Store) -> RunInfo:
@@ -120,9 +132,8 @@ def create_run(store: Store, info: RunInfo) -> None:
         raise RunError(f"{store.url} has just become the run of another job; give each job its own folder.") from error
 
 
-def start_attempt(store: Store, world_size: int, parent: Snapshot | None) -> Attempt:
-    """Begin an attempt that continues from `parent`; of two simultaneous starters each gets its own."""
-    number = 1 + newest_attempt(store)
+def start_attempt(store: Store, world_size: int, number: int, parent: Snapshot | None) -> Attempt:
+    """Begin an attempt that continues from `parent`, with a number from `number` on; no two starters get the same."""
     while True:
         continues, t = (parent.attempt, parent.t) if parent else (None, 0)
         attempt = Attempt(number, continues, t, world_size, secrets.token_hex(8))
@@ -148,62 +159,63 @@ def delete_snapshot(store: Store, folder: str) -> None:
     store.delete(set(keys) - set(documents))
 
 
-def _read_run(store: Store, listing: Mapping[str, int], texts: dict[str, bytes]) -> Run:
+def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run:
     if RUN_KEY not in listing:
         raise RunError(f"{store.url} must hold a run of phema-dist; there is no {RUN_KEY} in it.")
-    files: dict[tuple[int, int], dict[str, int]] = {}
+    files: dict[str, dict[str, int]] = {}
     for key, num_bytes in listing.items():
         if match := _SNAPSHOT.fullmatch(key):
-            files.setdefault((int(match[1]), int(match[2])), {})[match[3]] = num_bytes
-    documents = [key for key in listing if key == RUN_KEY or _ATTEMPT.fullmatch(key) or _is_manifest(key)]
-    texts.update(store.get_many([key for key in documents if key not in texts]))
-    info = from_json(RunInfo, texts[RUN_KEY], store.describe(RUN_KEY))
-    attempts = sorted(
-        (from_json(Attempt, texts[key], store.describe(key)) for key in documents if _ATTEMPT.fullmatch(key)),
-        key=lambda attempt: attempt.number,
-    )
-    by_number = {attempt.number: attempt for attempt in attempts}
-    found = [
-        _read_snapshot(store, t, number, names, texts, by_number.get(number))
-        for (t, number), names in sorted(files.items())
+            files.setdefault(snapshot_folder(int(match[1]), int(match[2])), {})[match[3]] = num_bytes
+    for folder in [folder for folder in known if known[folder][0] != files.get(folder)]:
+        del known[folder]
+    numbers = [key for key in listing if _ATTEMPT.fullmatch(key)]
+    manifests = [
+        f"{folder}/{name}" for folder in files.keys() - known for name in files[folder] if _MANIFEST.fullmatch(name)
     ]
+    texts = store.get_many([RUN_KEY, *numbers, *manifests])
+    info = from_json(RunInfo, texts[RUN_KEY], store.describe(RUN_KEY))
+    attempts = [from_json(Attempt, texts[key], store.describe(key)) for key in numbers]
+    by_number = {attempt.number: attempt for attempt in attempts}
+    for folder in files.keys() - known:
+        known[folder] = files[folder], _read_snapshot(store, folder, files[folder], texts, by_number)
+    found = sorted((snapshot for _, snapshot in known.values()), key=lambda s: (s.t, s.attempt))
     limits = _visible_until(by_number)
     return Run(
         store,
         info,
-        tuple(attempts),
+        tuple(sorted(attempts, key=lambda attempt: attempt.number)),
         tuple(s for s in found if s.t <= limits.get(s.attempt, -1)),
         tuple(s for s in found if s.t > limits.get(s.attempt, -1)),
         frozenset(int(match[1]) for key in listing if (match := _PIN.fullmatch(key))),
     )
 
 
-def _is_manifest(key: str) -> bool:
-    match = _SNAPSHOT.fullmatch(key)
-    return match is not None and _MANIFEST.fullmatch(match[3]) is not None
-
-
 def _read_snapshot(
-    store: Store, t: int, number: int, sizes: Mapping[str, int], texts: Mapping[str, bytes], attempt: Attempt | None
+    store: Store, folder: str, sizes: Mapping[str, int], texts: Mapping[str, bytes], attempts: Mapping[int, Attempt]
 ) -> Snapshot:
-    manifests: tuple[Manifest, ...] = ()
-    problem: str | None = None
-    try:
-        manifests = _read_manifests(store, snapshot_folder(t, number), sizes, texts, attempt)
-    except RunError as error:
-        problem = str(error)
-    return Snapshot(t, number, sum(sizes.values()), manifests, problem)
-
-
-def _read_manifests(
-    store: Store, folder: str, sizes: Mapping[str, int], texts: Mapping[str, bytes], attempt: Attempt | None
-) -> tuple[Manifest, ...]:
+    t, number = map(int, folder.removeprefix("snapshots/").split("-a"))
+    num_bytes, attempt = sum(sizes.values()), attempts.get(number)
     if attempt is None:
-        raise SnapshotError("its attempt is not recorded")
+        return Snapshot(t, number, num_bytes, (), "its attempt is not recorded")
     names = [manifest_name(rank, attempt.world_size) for rank in range(attempt.world_size)]
     missing = [rank for rank, name in enumerate(names) if name not in sizes]
     if missing:
-        raise SnapshotError(f"manifests of {_ranks(missing)} of {attempt.world_size} are missing")
+        problem = f"manifests of {_ranks(missing)} of {attempt.world_size} are missing"
+        return Snapshot(t, number, num_bytes, (), problem, unfinished=True)
+    try:
+        return Snapshot(t, number, num_bytes, _read_manifests(store, folder, names, sizes, texts, attempt), None)
+    except RunError as error:
+        return Snapshot(t, number, num_bytes, (), str(error))
+
+
+def _read_manifests(
+    store: Store,
+    folder: str,
+    names: Sequence[str],
+    sizes: Mapping[str, int],
+    texts: Mapping[str, bytes],
+    attempt: Attempt,
+) -> tuple[Manifest, ...]:
     manifests = tuple(
         from_json(Manifest, texts[f"{folder}/{name}"], store.describe(f"{folder}/{name}")) for name in names
     )

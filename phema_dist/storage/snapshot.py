@@ -72,7 +72,7 @@ class Image:
         self.data = [
             torch.frombuffer(self.buffer, dtype=dtype, count=size, offset=len(header) + start)
             if size
-            else torch.empty(0, dtype=dtype)
+            else torch.empty(0, dtype=dtype, device="cpu")
             for (dtype, _), size, start in zip(groups, sizes, starts, strict=True)
         ]
 

@@ -131,7 +131,11 @@ def synthesize_files(
 
 def empty_state(info: RunInfo) -> dict[str, torch.Tensor]:
     """Uninitialised tensors for a whole state dict; tied names share one."""
-    state = {fqn: torch.empty(facts.shape, dtype=result_dtype(facts)) for fqn, facts in info.tensors.items()}
+    with torch.inference_mode(mode=False):  # or no other thread could fill them
+        state = {
+            fqn: torch.empty(facts.shape, dtype=result_dtype(facts), device="cpu")
+            for fqn, facts in info.tensors.items()
+        }
     return state | {alias: state[fqn] for alias, fqn in info.aliases.items()}
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from phema_dist import profile
+from phema_dist.errors import SnapshotError
 from phema_dist.profile import PowerProfile, UpdateHistory
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("phema_dist")
 GOOD_ERROR = 0.05  # a profile error above this is worth a warning
+GOOD_NOISE = 0.005  # and so is an expected change of the parameters, by the rounding of what is stored, above this
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Certificate:
 
     @property
     def good(self) -> bool:
-        """Whether the profile error is small enough not to be mentioned."""
-        return self.profile_error <= GOOD_ERROR
+        """Whether there is nothing to warn of."""
+        return self.profile_error <= GOOD_ERROR and self.rounding_noise <= GOOD_NOISE
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,15 @@ def plan(run: Run, sigma_rels: Sequence[float], t: int | None = None) -> list[Re
 
     Raises:
         ProfileError: no such profile, or a t at which nothing was averaged yet.
-        SnapshotError: no complete snapshot at or before t.
+        SnapshotError: no complete snapshot at or before t, or none as late.
     """
     newest = run.require_newest(t)
     t = newest.t if t is None else t
+    if t > run.complete[-1].t:
+        raise SnapshotError(
+            f"{run.store.url} has complete snapshots up to t={run.complete[-1].t}; got t={t}. Leave t out to have the "
+            "newest."
+        )
     usable = [s for s in run.complete if s.t <= t]
     stored = [(sigma_rel, s) for sigma_rel in run.info.sigma_rels for s in usable]
     profiles = [PowerProfile(sigma_rel, s.t - run.info.origin) for sigma_rel, s in stored]
@@ -117,12 +124,19 @@ def stored_recipe(snapshot: Snapshot, sigma_rel: float) -> Recipe:
 def announce(recipes: Sequence[Recipe]) -> None:
     """Log what a person should know before using the result: a poor certificate, snapshots that were left out."""
     for recipe in recipes:
-        certificate = recipe.certificate
-        if not certificate.good:
+        certificate, what = recipe.certificate, f"sigma_rel={recipe.sigma_rel:g} at t={recipe.t}"
+        if certificate.profile_error > GOOD_ERROR:
+            stored = recipe.newest.t
             _log.warning(
-                "sigma_rel=%g at t=%d: the profile error is %.1f%%, above %g%%; more snapshots, or a sigma_rel nearer "
-                "to the tracked ones, would be more exact",
-                recipe.sigma_rel, recipe.t, 100 * certificate.profile_error, 100 * GOOD_ERROR,
+                "%s: the profile error is %.1f%%, above %g%%; %s would be more exact", what,
+                100 * certificate.profile_error, 100 * GOOD_ERROR,
+                f"t={stored}, where a snapshot is," if stored != recipe.t
+                else "more snapshots, or a sigma_rel nearer to the tracked ones,",
+            )  # fmt: skip
+        if certificate.rounding_noise > GOOD_NOISE:
+            _log.warning(
+                "%s: the rounding of %s snapshots changes parameters by about %.1f%%; float32 ones do not", what,
+                recipe.newest.manifests[0].dtype, 100 * certificate.rounding_noise,
             )  # fmt: skip
     for left_out in recipes[0].certificate.left_out if recipes else ():
         _log.warning("left out an incomplete snapshot, %s", left_out)

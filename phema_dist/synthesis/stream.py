@@ -177,8 +177,9 @@ def stream(
     num_torch_threads = torch.get_num_threads()
     with ThreadPoolExecutor(num_readers, "phema-read", torch.set_num_threads, (1,)) as pool:
         jobs = [pool.submit(make, tile) for tile in tiles]
-        done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-        if any(job.exception() for job in done):
+        try:
+            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:  # after an error, or Ctrl-C, what has not begun is not read
             pool.shutdown(cancel_futures=True)
     torch.set_num_threads(num_torch_threads)  # what threads to come begin with
     for job in done:
@@ -253,7 +254,7 @@ class _Room:
         """Uninitialised, until the next call with this name."""
         num_bytes = num_rows * numel * dtype.itemsize
         if name not in self._held or len(self._held[name]) < num_bytes:
-            self._held[name] = torch.empty(num_bytes, dtype=torch.uint8)
+            self._held[name] = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         return self._held[name][:num_bytes].view(dtype).view(num_rows, numel)
 
 

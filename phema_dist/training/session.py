@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -24,8 +25,10 @@ from phema_dist.training.writer import Place, Writer
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
+    from phema_dist.storage.run import Snapshot
     from phema_dist.storage.store import Store
 
+_log = logging.getLogger("phema_dist")
 DEFAULT_SIGMA_RELS = (0.05, 0.28)
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,45 +61,52 @@ class Settings:
             raise SettingsError(f"checkpoint_dtype must be None or one of {names}; got {self.checkpoint_dtype}.")
 
 
+def _integer(t: int) -> int:
+    try:
+        return operator.index(t)  # numpy's and torch's integers too
+    except TypeError as error:
+        raise SettingsError(f"t must be an integer, in steps, samples or whatever grows; got {t!r}.") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """What rank 0 found in storage: a run to go on with, or what a new one will be."""
+
+    info: RunInfo
+    is_new: bool
+    parent: Snapshot | None  # the snapshot to go on from
+    next_attempt: int
+
+
 class Session:
-    """What one rank needs while training; made by `begin`, ended by `close`.
+    """What one rank needs while training; made by `begin`.
 
     The averages start at zero and t = 0, or are filled by the caller from `parent`, followed by `restored`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        ownership: Ownership,
-        ranks: Ranks,
-        settings: Settings,
-        start: _Start,
-        store: Store,
+        self, model: nn.Module, layout: Layout, ownership: Ownership, settings: Settings, found: Found
     ) -> None:
-        self.ranks, self.info, self.parent, self.t = ranks, start.info, start.parent, 0
-        self._calls, self._settings, self._origin = 0, settings, start.info.origin
+        self.info, self.parent, self.t = found.info, found.parent, 0
+        self._calls, self._settings, self._origin = 0, settings, found.info.origin
         self._model = model
         self._shapes = {tensor.info.fqn: tensor.info.shape for tensor in layout.tensors}
         self.segments = segments(ownership.pieces)
         self._pieces = [segment.pieces for segment in self.segments]
-        self.tracker = Tracker(self.segments, start.info.sigma_rels)
-        place = Place(
-            store, start.attempt, ranks.rank, start.info.sigma_rels, self._origin, settings.max_checkpoints
-        )
+        self.tracker = Tracker(self.segments, found.info.sigma_rels)
         self._last_time = 0  # of the last update, from the origin; the averages may have refused it
-        self.writer = Writer(self.segments, self.tracker, place, settings.checkpoint_dtype)
+        self.writer = Writer(self.segments, self.tracker, settings.checkpoint_dtype)
 
-    def restored(self) -> None:
-        """Go on from `parent`, whose averages are now in the tracker."""
+    def restored(self, t: int) -> None:
+        """Go on from `parent`, whose averages are now in the tracker; the clock goes on from t, if that is later."""
         assert self.parent is not None  # noqa: S101
         manifest = self.parent.manifests[0]
-        self.t, self._calls, self._last_time = manifest.t, manifest.calls, manifest.t - self._origin
+        self.t, self._calls, self._last_time = max(manifest.t, t), manifest.calls, manifest.t - self._origin
         self.tracker.restore(UpdateHistory(manifest.updates))
 
     def update(self, model: nn.Module | None, t: int | None) -> None:
         """Count a call, and hand the parameters to the writer if an update is due; on the training thread."""
-        now = self.t + 1 if t is None else operator.index(t)
+        now = self.t + 1 if t is None else _integer(t)
         if now <= self.t:
             raise SettingsError(
                 f"t must grow from call to call: got t={now} after t={self.t}. To go on from an earlier moment, make a "
@@ -127,23 +137,36 @@ class Session:
         return self._pieces
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What rank 0 found or made in storage."""
+def begin(
+    store: Store,
+    model: nn.Module,
+    ranks: Ranks,
+    settings: Settings,
+    restore: Callable[[Session], None],
+    *,
+    resume: bool | int,
+) -> Session:
+    """Collective: agree on who owns what, and begin or continue the run in storage. Errors reach every rank.
 
-    info: RunInfo
-    attempt: Attempt
-    parent: runs.Snapshot | None
-
-
-def begin(store: Store, model: nn.Module, ranks: Ranks, settings: Settings, *, resume: bool | int) -> Session:
-    """Collective: agree on who owns what, and begin or continue the run in storage. Errors reach every rank."""
+    Nothing is written before all ranks have their memory and, if they continue, their averages (by `restore`).
+    """
     _check_same_settings(ranks, settings, resume=resume)
     layout = ranks.each(lambda: read_layout(model, only_save_diff=settings.only_save_diff))
     ownership = agree(layout, ranks)
-    start = ranks.on_first(lambda: _start(store, ownership, ranks.size, settings, resume=resume))
-    ranks.each(lambda: _check_same_place(store, start.attempt))
-    return Session(model, layout, ownership, ranks, settings, start, store)
+    found = ranks.on_first(lambda: _look(store, ownership, settings, resume=resume))
+    session = ranks.each(lambda: Session(model, layout, ownership, settings, found))
+    if found.parent is not None:
+        ranks.each(lambda: restore(session))
+        session.restored(0 if isinstance(resume, bool) else resume)
+    attempt = ranks.on_first(lambda: _start(store, found, ranks.size))
+    ranks.each(lambda: _check_same_place(store, attempt))
+    session.writer.start(
+        Place(
+            store, attempt, ranks.rank, found.info.sigma_rels, found.info.origin,
+            settings.max_checkpoints, settings.checkpoint_every,
+        )
+    )  # fmt: skip
+    return session
 
 
 def _check_same_settings(ranks: Ranks, settings: Settings, *, resume: bool | int) -> None:
@@ -157,8 +180,8 @@ def _check_same_settings(ranks: Ranks, settings: Settings, *, resume: bool | int
                 )
 
 
-def _start(store: Store, ownership: Ownership, world_size: int, settings: Settings, *, resume: bool | int) -> _Start:
-    """On rank 0."""
+def _look(store: Store, ownership: Ownership, settings: Settings, *, resume: bool | int) -> Found:
+    """On rank 0: what there is to go on with. Writes nothing."""
     wanted = RunInfo(
         FORMAT,
         version("phema-dist"),
@@ -171,19 +194,43 @@ def _start(store: Store, ownership: Ownership, world_size: int, settings: Settin
     )
     run = runs.find_run(store)
     if run is None:
-        runs.create_run(store, wanted)
-        return _Start(wanted, runs.start_attempt(store, world_size, None), None)
+        return Found(wanted, is_new=True, parent=None, next_attempt=0)
     newest = run.newest()
     if resume is False:
         state = f"its newest complete snapshot is t={newest.t}" if newest else "without a complete snapshot so far"
         raise RunError(
-            f"{store.url} holds a run already, {state}. Pass resume=True to go on with it, resume=<t> to go on from "
-            "an earlier snapshot, or another checkpoint_dir."
+            f"{store.url} holds a run already, {state}. Pass resume=True to go on with it"
+            + (", resume=<t> to go on from an earlier snapshot," if newest else ", delete it,")
+            + " or choose another checkpoint_dir."
         )
     check_sigma_rels(store, run.info, settings)
     _check_same_tensors(store, run.info, wanted)
     parent = None if newest is None else run.require_newest(None if resume is True else resume)
-    return _Start(run.info, runs.start_attempt(store, world_size, parent), parent)
+    _tell_what_is_lost(run, parent, resume=resume)
+    return Found(run.info, is_new=False, parent=parent, next_attempt=run.next_attempt)
+
+
+def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool | int) -> None:
+    """Log what a person who resumes may not expect."""
+    url, t = run.store.url, parent.t if parent else 0
+    asked = float("inf") if resume is True else resume
+    for snapshot in run.snapshots:
+        if snapshot.problem and t < snapshot.t <= asked:
+            _log.warning("%s: cannot go on from t=%d: %s", url, snapshot.t, snapshot.problem)
+    left = [s.t for s in run.abandoned if s.problem is None and t < s.t <= asked and resume is not True]
+    if left:
+        _log.warning("%s: t=%s was abandoned when an attempt continued from an earlier t", url, left)
+    if t < asked < float("inf"):
+        _log.warning(
+            "%s: going on from the snapshot at t=%d; the averages saw nothing of t=%d to %d", url, t, t + 1, asked
+        )
+
+
+def _start(store: Store, found: Found, world_size: int) -> Attempt:
+    """On rank 0: write down that this job goes on with the run, or begins it."""
+    if found.is_new:
+        runs.create_run(store, found.info)
+    return runs.start_attempt(store, world_size, found.next_attempt, found.parent)
 
 
 def check_sigma_rels(store: Store, info: RunInfo, settings: Settings) -> None:

@@ -68,7 +68,7 @@ class Staging:
     """Host copies of what this rank owns: `slots[i][s]` is slot i's flat buffer of segment s."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        self.slots = [[torch.empty(s.numel, dtype=s.dtype) for s in segments] for _ in range(NUM_SLOTS)]
+        self.slots = [[torch.empty(s.numel, dtype=s.dtype, device="cpu") for s in segments] for _ in range(NUM_SLOTS)]
         self._views = [[s.views(flat) for s, flat in zip(segments, slot, strict=True)] for slot in self.slots]
 
     @torch.no_grad()

@@ -9,29 +9,32 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from phema_dist.training.layout import Layout, reshard
+from phema_dist.errors import LayoutError
+from phema_dist.training.layout import Layout, LocalTensor, reshard
 
 if TYPE_CHECKING:
+    from phema_dist.ranks import Ranks
     from phema_dist.shard import Box
 
 
 @contextmanager
-def swapped(model: nn.Module, layout: Layout) -> Iterator[Callable[[str, Box, torch.Tensor], None]]:
+def swapped(
+    model: nn.Module, layout: Layout, ranks: Ranks
+) -> Iterator[Callable[[str, Box, torch.Tensor], None]]:
     """Put the model in eval mode and yield a function that writes a box of a tensor into this rank's storage.
 
     On any exit the model gets back its parameters, all its buffers and every module's training flag. The own values
-    wait in host memory, so the accelerator holds nothing more. No communication, here or in the way back.
+    wait in host memory, so the accelerator holds nothing more. Collective on the way in; the way back never is.
     """
     held = {tensor.info.fqn: tensor for tensor in layout.tensors}
     reshard(model)
-    with torch.no_grad():
-        backup = {fqn: tensor.local().to("cpu", copy=True) for fqn, tensor in held.items()}
-        buffers = [
-            (module, name, buffer, buffer.to("cpu", copy=True))
-            for module in model.modules()
-            for name, buffer in module._buffers.items()  # noqa: SLF001  a forward may replace them, persistent or not
-            if buffer is not None
-        ]
+    backup = ranks.each(lambda: {fqn: _own_values(tensor) for fqn, tensor in held.items()})
+    buffers = [
+        (module, name, buffer, buffer.to("cpu", copy=True))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()  # noqa: SLF001  a forward may change them, persistent or not
+        if buffer is not None
+    ]
     flags = [(module, module.training) for module in model.modules()]
 
     @torch.no_grad()
@@ -43,12 +46,33 @@ def swapped(model: nn.Module, layout: Layout) -> Iterator[Callable[[str, Box, to
         model.eval()
         yield write
     finally:
-        reshard(model)  # or the root would go on with what it gathered from the average
-        with torch.no_grad():
-            for module, name, buffer, own in buffers:
-                module._buffers[name] = buffer  # noqa: SLF001
-                buffer.copy_(own)
-            for fqn, own in backup.items():
-                held[fqn].local().copy_(own)
         for module, flag in flags:
             module.training = flag
+        reshard(model)  # or the root would go on with what it gathered from the average
+        with torch.no_grad():
+            for fqn, own in backup.items():
+                held[fqn].local().copy_(own)
+            for module, name, buffer, own in buffers:
+                module._buffers[name] = buffer  # noqa: SLF001
+                if not _equal(buffer, own):  # some buffers cannot be written, and then were not
+                    buffer.copy_(own)
+
+
+@torch.no_grad()
+def _own_values(tensor: LocalTensor) -> torch.Tensor:
+    local = tensor.local()
+    if local.is_inference() or torch._debug_has_internal_overlap(local) == 1:  # noqa: SLF001
+        raise LayoutError(
+            f"{tensor.info.fqn} must be writable to hold an average; it is an expanded tensor, or was made in "
+            "inference mode. Replace it by a clone."
+        )
+    return local.to("cpu", copy=True)
+
+
+def _equal(buffer: torch.Tensor, own: torch.Tensor) -> bool:
+    now = buffer.to("cpu").contiguous()
+    return now.shape == own.shape and torch.equal(_bits(now), _bits(own.contiguous()))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor

@@ -30,10 +30,13 @@ class Tracker:
     def __init__(self, segments: Sequence[Segment], sigma_rels: Sequence[float]) -> None:
         self.segments = tuple(s for s in segments if s.averaged)
         self.gammas = tuple(map(profile.sigma_rel_to_gamma, sigma_rels))
-        self.averages = [[torch.zeros(s.numel, dtype=s.average_dtype) for s in self.segments] for _ in self.gammas]
+        self.averages = [
+            [torch.zeros(s.numel, dtype=s.average_dtype, device="cpu") for s in self.segments] for _ in self.gammas
+        ]
         self.history = profile.UpdateHistory()
         self.num_refused = 0
-        self._scratch = torch.empty(_BLOCK) if any(s.dtype != s.average_dtype for s in self.segments) else None
+        upcast = any(s.dtype != s.average_dtype for s in self.segments)
+        self._scratch = torch.empty(_BLOCK, dtype=torch.float32, device="cpu") if upcast else None
 
     @property
     def t(self) -> int:

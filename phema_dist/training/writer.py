@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ import torch
 from phema_dist import schedule
 from phema_dist.errors import BackgroundError, RunError, StorageError
 from phema_dist.storage import run as runs
-from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Attempt, Manifest, shard_name
+from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Attempt, Manifest, attempt_key, shard_name
 from phema_dist.storage.snapshot import DTYPE_NAMES, Image, write_snapshot
 from phema_dist.training.staging import NUM_SLOTS, Staging
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 Job = TypeVar("Job")
 _log = logging.getLogger("phema_dist")
 _POLL_SECONDS = 0.01
+_PATIENCE = 8  # snapshots that went well, before more are tried again
+_LARGEST_EVERY = 1024
 
 
 class Worker(Generic[Job]):
@@ -110,6 +113,7 @@ class Place:
     sigma_rels: tuple[float, ...]
     origin: int
     max_checkpoints: int
+    checkpoint_every: int
 
 
 @dataclass
@@ -128,17 +132,22 @@ class Writer:
     `update` and `close` are called by the training thread; neither communicates with other ranks.
     """
 
-    def __init__(
-        self, segments: Sequence[Segment], tracker: Tracker, place: Place, checkpoint_dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, segments: Sequence[Segment], tracker: Tracker, checkpoint_dtype: torch.dtype | None) -> None:
         self.counts = Counts()
-        self._segments, self._tracker, self._place = tuple(segments), tracker, place
+        self._segments, self._tracker = tuple(segments), tracker
         self._staging = Staging(segments)
         self._dtype = DTYPE_NAMES[checkpoint_dtype or torch.float32]
-        self._images = [_make_image(segments, checkpoint_dtype) for _ in place.sigma_rels] if segments else []
-        self._documents: dict[str, bytes] = {}  # what rank 0 has read of the run; documents never change
-        self._num_updates = self._skipping = self._handled_t = 0
+        self._images = [_make_image(segments, checkpoint_dtype) for _ in tracker.gammas] if segments else []
+        self._known: runs.Known = {}  # what rank 0 has read of the run
+        self._told: set[int] = set()  # t of incomplete snapshots that were reported
+        self._num_updates = self._handled_t = 0
         self._last: Update | None = None
+        self._unstored: str | None = None  # why the newest snapshot is not in storage
+        self._every, self._taken = 1, 0  # of the snapshots that are due, which ones are taken
+
+    def start(self, place: Place) -> None:
+        """Start the threads."""
+        self._place = place
         self._averages: Worker[Update] = Worker("phema-averages", self._apply)
         self._storage: Worker[Manifest] = Worker("phema-storage", self._store)
         _open_writers.add(self)
@@ -155,17 +164,27 @@ class Writer:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until everything queued is in the averages and in storage; False after `timeout` seconds."""
-        return self._averages.wait_until_fewer(1, timeout) and self._storage.wait_until_fewer(1, timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        if not self._averages.wait_until_fewer(1, timeout):
+            return False
+        return self._storage.wait_until_fewer(1, None if end is None else max(0.0, end - time.monotonic()))
 
-    def close(self, timeout: float | None = None) -> bool:
-        """Write a last snapshot, at the last update, and end the threads; False if that took too long."""
+    def close(self, timeout: float | None = None) -> None:
+        """Write a last snapshot, at the last update, and end the threads.
+
+        Raises:
+            BackgroundError: a thread has stopped, `timeout` was too short, or that snapshot could not be stored.
+        """
         if self._last is not None and not self._last.snapshot:
             self._last = replace(self._last, snapshot=True)
             self._averages.submit(self._last)
         try:
-            return self.drain(timeout)
+            if not self.drain(timeout):
+                raise BackgroundError(f"storage is still busy after {timeout} s; what it has not stored is lost.")
         finally:
             self._stop()
+        if self._unstored is not None:
+            raise BackgroundError(f"the last snapshot could not be stored: {self._unstored}")
 
     def abandon(self, timeout: float) -> None:
         """End the threads after an error elsewhere: store what is queued if that is quick, and raise nothing."""
@@ -174,6 +193,11 @@ class Writer:
         except BackgroundError as error:
             _log.warning("%s", error)
         self._stop()
+
+    def tell_unclosed(self) -> None:
+        """Log that the program ends without `close`."""
+        t = 0 if self._last is None else self._last.t
+        self._warn(t, "the program ends and PostHocEMA was not closed: storing what is queued, no last snapshot")
 
     def _stop(self) -> None:
         _open_writers.discard(self)
@@ -188,31 +212,47 @@ class Writer:
         if update.t > self._handled_t:  # the last update comes again, for its snapshot, at close
             self._handled_t = update.t
             if not self._tracker.update(averaged, t):
-                _log.warning("t=%d: parameters are not finite and do not enter the averages", update.t)
+                self._warn(update.t, "parameters are not finite and do not enter the averages")
         if update.snapshot:
             self._snapshot(update, staged, None if self._tracker.t == t else "its parameters are not finite")
 
     def _snapshot(self, update: Update, staged: Sequence[torch.Tensor], refused: str | None) -> None:
+        is_last = update.calls % self._place.checkpoint_every != 0
+        if not is_last and update.calls // self._place.checkpoint_every % self._every:
+            self.counts.skipped += 1
+            return
         # The buffers of the snapshot before may still be on their way. Wait for them, but never let training wait.
         while self._storage.num_pending:
             if self._averages.num_pending >= NUM_SLOTS:
-                self.counts.skipped += 1
-                self._skipping += 1
-                if self._skipping == 1:  # once, however long storage stays busy
-                    _log.warning("t=%d: no snapshot, storage is still busy with the one before", update.t)
+                self._skip(update.t)
                 return
             self._storage.wait_until_fewer(1, _POLL_SECONDS)
-        if self._skipping > 1:
-            _log.warning("t=%d: storage is free again; %d snapshots were skipped", update.t, self._skipping)
-        self._skipping = 0
-        place = self._place
+        self._taken += 1
+        if self._every > 1 and self._taken % _PATIENCE == 0:
+            self._every //= 2
         if refused is None:
             refused = self._fill_images(staged)
+        place = self._place
         manifest = Manifest(
             FORMAT, update.t, place.attempt.number, place.attempt.token, place.rank, place.attempt.world_size,
-            update.calls, self._tracker.history.knots, self._dtype, BLOCK_BYTES, files=(), refused=refused,
+            update.calls, self._tracker.history.knots if place.rank == 0 else (), self._dtype, BLOCK_BYTES,
+            files=(), refused=refused,
         )  # fmt: skip
         self._storage.submit(manifest)
+
+    def _skip(self, t: int) -> None:
+        """Take every other snapshot from now on, and after a while try more again.
+
+        Which ones follows from the number of calls: ranks that skip at different moments come to take the same ones,
+        without talking, instead of each a snapshot that the others have not.
+        """
+        self.counts.skipped += 1
+        self._taken = 0
+        self._every = min(2 * self._every, _LARGEST_EVERY)
+        self._warn(t, f"no snapshot, storage is busy with the one before; trying every {self._every}th from now on")
+
+    def _warn(self, t: int, text: str) -> None:
+        _log.warning("%s, rank %d, t=%d: %s", self._place.store.url, self._place.rank, t, text)
 
     def _fill_images(self, staged: Sequence[torch.Tensor]) -> str | None:
         """Copy averages and buffers into the images; says why not if they do not fit."""
@@ -228,29 +268,33 @@ class Writer:
         """On the storage thread."""
         place = self._place
         try:
-            if place.rank == 0 and (newest := runs.newest_attempt(place.store)) != place.attempt.number:
-                raise RunError(
-                    f"attempt {place.attempt.number} of {place.store.url} is superseded by attempt {newest}: another "
-                    "job continues this run. Stop one of them, or give each its own folder."
-                )
+            if place.rank == 0:
+                _check_not_superseded(place, runs.newest_attempt(place.store))
             images = [] if manifest.refused else [
                 (shard_name(sigma_rel, place.rank), sigma_rel, image)
                 for sigma_rel, image in zip(place.sigma_rels, self._images, strict=False)
             ]  # fmt: skip
             write_snapshot(place.store, manifest, images)
-            if place.rank == 0:
-                self._prune(manifest.t)
         except StorageError as error:
             self.counts.failed += 1
-            self.counts.last_error = str(error)
-            _log.warning("t=%d: the snapshot is lost, training goes on: %s", manifest.t, error)
-        else:
-            self.counts.written += 1
+            self._unstored = self.counts.last_error = str(error)
+            self._warn(manifest.t, f"the snapshot is lost, training goes on: {error}")
+            return
+        self.counts.written += 1
+        self._unstored = None if manifest.refused is None else f"t={manifest.t}: {manifest.refused}"
+        if place.rank == 0:
+            try:
+                self._prune(manifest.t)
+            except StorageError as error:
+                self.counts.last_error = str(error)
+                self._warn(manifest.t, f"older snapshots could not be deleted: {error}")
 
     def _prune(self, t: int) -> None:
         """On rank 0: delete what retention no longer needs, counting the snapshot at t, which may not be whole yet."""
         place = self._place
-        run = runs.open_run(place.store, self._documents)
+        run = runs.open_run(place.store, self._known)
+        _check_not_superseded(place, run.attempts[-1].number if run.attempts else -1)
+        self._tell_incomplete(run)
         newest = run.newest()
         if newest is None:
             return
@@ -259,9 +303,35 @@ class Writer:
             [x - place.origin for x in ts], place.sigma_rels, place.max_checkpoints,
             protected={x - place.origin for x in run.pins | {newest.t}},
         )  # fmt: skip
-        outlived = [s for s in run.abandoned if newest.attempt == place.attempt.number and s.t <= newest.t]
-        for snapshot in [*(s for s in run.complete if s.t - place.origin not in keep), *outlived]:
+        unwanted = [s for s in run.complete if s.t - place.origin not in keep]
+        if newest.attempt == place.attempt.number:
+            # A rank writes its snapshots in order. So where a later one is complete, no rank will finish this one.
+            too_old = run.complete[-2].t if len(run.complete) > 1 else 0
+            unwanted += [s for s in run.snapshots if s.unfinished and s.t < too_old]
+            unwanted += [s for s in run.abandoned if s.t <= newest.t and s.t not in run.pins]
+        for snapshot in unwanted:
             runs.delete_snapshot(place.store, snapshot.folder)
+
+    def _tell_incomplete(self, run: runs.Run) -> None:
+        """Warn of snapshots of this attempt that should be complete by now: older than the two newest."""
+        mine = [s for s in run.snapshots if s.attempt == self._place.attempt.number]
+        for snapshot in mine[:-2]:
+            if snapshot.problem and snapshot.t not in self._told:
+                self._told.add(snapshot.t)
+                self._warn(snapshot.t, f"incomplete snapshot: {snapshot.problem}. Is update_ called on every rank?")
+
+
+def _check_not_superseded(place: Place, newest: int) -> None:
+    if newest > place.attempt.number:
+        raise RunError(
+            f"attempt {place.attempt.number} of {place.store.url} is superseded by attempt {newest}: another job "
+            "continues this run. Stop one of them, or give each its own folder."
+        )
+    if newest < place.attempt.number:
+        raise StorageError(
+            f"{place.store.describe(attempt_key(place.attempt.number))} is gone; somebody removed it. Nothing is "
+            "written or deleted while it is missing."
+        )
 
 
 def _make_image(segments: Sequence[Segment], checkpoint_dtype: torch.dtype | None) -> Image:
@@ -281,7 +351,7 @@ _SECONDS_AT_EXIT = 10.0
 
 def _drain_at_exit() -> None:
     for writer in list(_open_writers):
-        _log.warning("the program ends and PostHocEMA was not closed: storing what is queued, without a last snapshot")
+        writer.tell_unclosed()
         writer.abandon(_SECONDS_AT_EXIT)
 
 
