@@ -34,7 +34,8 @@ types: $(READY)
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/synthesis.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/update.py --ddp
+	$(BIN)/python benchmarks/synthesis.py
 
 venv: $(READY)
 

@@ -268,9 +268,7 @@ class PostHocEMA:
         ts = [s.t - run.info.origin for s in run.complete] if run else []
         every = self._settings.checkpoint_every
         planned = [every * (i + 1) for i in range(self._settings.max_checkpoints)]
-        return plot.figure_to_image(
-            plot.reconstruction_error_figure(ts or planned, sigma_rels, target_sigma_rel_range)
-        )
+        return plot.figure_to_image(plot.reconstruction_error_figure(ts or planned, sigma_rels, target_sigma_rel_range))
 
     def close(self, timeout: float | None = None) -> None:
         """Write a last snapshot, of the last update, and wait until all is stored. Does not communicate.
@@ -308,11 +306,13 @@ class PostHocEMA:
         targets: list[dict[str, tuple[Box, torch.Tensor]]] = []
         for averages in session.tracker.averages:
             views = [segment.views(flat) for segment, flat in zip(session.tracker.segments, averages, strict=True)]
-            targets.append({
-                piece.info.fqn: (piece.box, view)
-                for segment, pieces in zip(session.tracker.segments, views, strict=True)
-                for piece, view in zip(segment.pieces, pieces, strict=True)
-            })
+            targets.append(
+                {
+                    piece.info.fqn: (piece.box, view)
+                    for segment, pieces in zip(session.tracker.segments, views, strict=True)
+                    for piece, view in zip(segment.pieces, pieces, strict=True)
+                }
+            )
 
         def fill(k: int, fqn: str, box: Box, values: torch.Tensor) -> None:
             held, view = targets[k][fqn]

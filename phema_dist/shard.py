@@ -38,9 +38,7 @@ class Box:
 
     def relative_to(self, outer: Box) -> tuple[slice, ...]:
         """The index that cuts this box out of a tensor that holds `outer`."""
-        return tuple(
-            slice(a - b, a - b + n) for a, b, n in zip(self.offsets, outer.offsets, self.sizes, strict=True)
-        )
+        return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.offsets, outer.offsets, self.sizes, strict=True))
 
 
 def whole(shape: Sequence[int]) -> Box:
@@ -51,9 +49,7 @@ def whole(shape: Sequence[int]) -> Box:
 def intersect(a: Box, b: Box) -> Box | None:
     """The elements that `a` and `b` share, or None where there are none."""
     offsets = tuple(map(max, a.offsets, b.offsets))
-    ends = (
-        min(o + n, p + m) for o, n, p, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    )
+    ends = (min(o + n, p + m) for o, n, p, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True))
     sizes = tuple(end - start for start, end in zip(offsets, ends, strict=True))
     return Box(offsets, sizes) if all(n > 0 for n in sizes) else None
 
@@ -93,8 +89,7 @@ def flat_range_to_boxes(box: Box, start: int, stop: int) -> list[Box]:
 def _inside_row(box: Box, index: int, start: int, stop: int) -> list[Box]:
     inner = Box(box.offsets[1:], box.sizes[1:])
     return [
-        Box((box.offsets[0] + index, *cut.offsets), (1, *cut.sizes))
-        for cut in flat_range_to_boxes(inner, start, stop)
+        Box((box.offsets[0] + index, *cut.offsets), (1, *cut.sizes)) for cut in flat_range_to_boxes(inner, start, stop)
     ]
 
 

@@ -15,9 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.s3
-def test_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url: Target, s3_server: S3Server
-) -> None:
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url: Target, s3_server: S3Server) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ADMIN.key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ADMIN.secret)

@@ -246,9 +246,7 @@ def _walk(
             yield from _walk(child, prefix if transparent else f"{prefix}{name}.", replicated=replicated)
 
 
-def _local_tensor(
-    fqn: str, module: nn.Module, name: str, tensor: torch.Tensor, *, replicated: bool
-) -> LocalTensor:
+def _local_tensor(fqn: str, module: nn.Module, name: str, tensor: torch.Tensor, *, replicated: bool) -> LocalTensor:
     if nn.parameter.is_lazy(tensor):
         raise LayoutError(f"{fqn} must have a shape; it is lazy. Run one forward before.")
     averaged = isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex())
@@ -309,9 +307,7 @@ def _check_replicas(
     def digests() -> dict[tuple[str, Box], bytes]:
         averaged = (t for t in layout.tensors if t.info.kind == PARAMETER)
         return {
-            (t.info.fqn, t.box): _digest(t.local())
-            for t in averaged
-            if len(holders.get((t.info.fqn, t.box), ())) > 1
+            (t.info.fqn, t.box): _digest(t.local()) for t in averaged if len(holders.get((t.info.fqn, t.box), ())) > 1
         }
 
     by_rank = ranks.together(digests)
@@ -338,5 +334,3 @@ def _check_replicas(
 def _digest(tensor: torch.Tensor) -> bytes:
     flat = tensor.cpu().contiguous().reshape(-1)
     return xxhash.xxh3_64_digest(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
-
-

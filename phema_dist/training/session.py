@@ -126,9 +126,7 @@ class Session:
         """The owned pieces in a model that is passed: usually the same one, or the same one less its wrappers."""
         if model is not None and model is not self._model:
             partial = self._settings.only_save_diff
-            layout = select(
-                read_layout(model, among=self._shapes if partial else None), self._shapes, partial=partial
-            )
+            layout = select(read_layout(model, among=self._shapes if partial else None), self._shapes, partial=partial)
             found = {tensor.info.fqn: tensor for tensor in layout.tensors}
             self._pieces = [
                 tuple(Piece(found[piece.info.fqn], piece.box) for piece in pieces) for pieces in self._pieces

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def swapped(
-    model: nn.Module, layout: Layout, ranks: Ranks
-) -> Iterator[Callable[[str, Box, torch.Tensor], None]]:
+def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Callable[[str, Box, torch.Tensor], None]]:
     """Put the model in eval mode and yield a function that writes a box of a tensor into this rank's storage.
 
     On any exit the model gets back its parameters, all its buffers and every module's training flag. The own values

@@ -249,7 +249,7 @@ class Writer:
         self.counts.skipped += 1
         self._taken = 0
         self._every = min(2 * self._every, _LARGEST_EVERY)
-        self._warn(t, f"no snapshot, storage is busy with the one before; trying every {self._every}th from now on")
+        self._warn(t, f"no snapshot, storage is busy with the one before; from now on one in {self._every}")
 
     def _warn(self, t: int, text: str) -> None:
         _log.warning("%s, rank %d, t=%d: %s", self._place.store.url, self._place.rank, t, text)
