@@ -811,3 +811,38 @@ def test_what_the_certificate_warns_of(tmp_path: Path, caplog: pytest.LogCapture
     assert "t=40, where a snapshot is, would be more exact" in caplog.text
     with pytest.raises(SnapshotError, match=r"complete snapshots up to t=50; got t=60"):
         synthesize(tmp_path / "run", [0.1], t=60)
+
+
+def test_a_last_snapshot_that_was_due_and_skipped_is_written_at_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, original = threading.Event(), LocalStore.put
+
+    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
+        assert "snapshots" not in key or released.wait(60)
+        original(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    model = nn.Linear(16, 16)
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10)
+    for _ in range(30):
+        ema.update_(model)
+    ema.update_(model)  # while this one waits, the snapshot at 30 is skipped
+    released.set()
+    ema.close()
+    assert open_run(open_store(tmp_path / "run")).complete[-1].t == 31
+
+    again = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=True)
+    again._session.writer._every = 1024
+    for _ in range(9):
+        again.update_(model)
+    again.close()  # at 40, which was due and not taken
+    assert open_run(open_store(tmp_path / "run")).complete[-1].t == 40
+
+
+def test_what_a_killed_put_left_behind_goes_with_its_snapshot(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 10)
+    folder = tmp_path / "run/snapshots/000000000010-a0"
+    (folder / "sigma_rel-0.05/.0123456789abcdef.tmp").write_bytes(b"cut short")
+    delete_snapshot(open_store(tmp_path / "run"), "snapshots/000000000010-a0")
+    assert not folder.exists()

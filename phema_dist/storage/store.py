@@ -1,5 +1,5 @@
 # Paths stay strings here: building a Path costs more than a small read.
-# ruff: noqa: PTH100, PTH102, PTH104, PTH106, PTH108, PTH111, PTH120, PTH123
+# ruff: noqa: PTH100, PTH102, PTH104, PTH106, PTH108, PTH111, PTH120, PTH123, PTH208
 """Bytes at a URL: the contract of every store, and the store on a local disk.
 
 A store holds objects under keys: names relative to its url, separated by `/`, no part of them beginning with a
@@ -188,6 +188,7 @@ class LocalStore:
                 raise _local_error(error, "deleting", path) from error
             with contextlib.suppress(OSError):  # not empty, or gone already
                 while len(path := os.path.dirname(path)) > len(self.url):
+                    _remove_unfinished(path)
                     os.rmdir(path)
 
     def describe(self, key: str = "") -> str:
@@ -196,6 +197,14 @@ class LocalStore:
 
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+def _remove_unfinished(folder: str) -> None:
+    """Remove the temporary files of puts that were killed, from a folder that holds nothing else."""
+    names = os.listdir(folder)
+    if all(name.startswith(".") and name.endswith(".tmp") for name in names):
+        for name in names:
+            os.unlink(f"{folder}/{name}")
 
 
 def _make_folder(folder: str) -> None:

@@ -95,12 +95,16 @@ class Worker(Generic[Job]):
 
 @dataclass(frozen=True)
 class Update:
-    """A filled slot on its way into the averages; `snapshot` asks for one at exactly this t."""
+    """A filled slot on its way into the averages; `snapshot` asks for one at exactly this t, if storage is free.
+
+    The `last` update comes again when training ends, for a snapshot that is not skipped.
+    """
 
     slot: int
     t: int  # as the user counts it
     calls: int
     snapshot: bool
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class Writer:
         self._images = [_make_image(segments, checkpoint_dtype) for _ in tracker.gammas] if segments else []
         self._known: runs.Known = {}  # what rank 0 has read of the run
         self._told: set[int] = set()  # t of incomplete snapshots that were reported
-        self._num_updates = self._handled_t = 0
+        self._num_updates = self._snapshot_t = 0
         self._last: Update | None = None
         self._unstored: str | None = None  # why the newest snapshot is not in storage
         self._every, self._taken = 1, 0  # of the snapshots that are due, which ones are taken
@@ -175,11 +179,12 @@ class Writer:
         Raises:
             BackgroundError: a thread has stopped, `timeout` was too short, or that snapshot could not be stored.
         """
-        if self._last is not None and not self._last.snapshot:
-            self._last = replace(self._last, snapshot=True)
-            self._averages.submit(self._last)
+        end = None if timeout is None else time.monotonic() + timeout
         try:
-            if not self.drain(timeout):
+            stored = self._averages.wait_until_fewer(1, timeout)
+            if stored and self._last is not None and self._snapshot_t < self._last.t:
+                self._averages.submit(replace(self._last, snapshot=True, last=True))
+            if not (stored and self.drain(None if end is None else max(0.0, end - time.monotonic()))):
                 raise BackgroundError(f"storage is still busy after {timeout} s; what it has not stored is lost.")
         finally:
             self._stop()
@@ -209,16 +214,13 @@ class Writer:
         staged = self._staging.slots[update.slot]
         t = update.t - self._place.origin
         averaged = [flat for segment, flat in zip(self._segments, staged, strict=True) if segment.averaged]
-        if update.t > self._handled_t:  # the last update comes again, for its snapshot, at close
-            self._handled_t = update.t
-            if not self._tracker.update(averaged, t):
-                self._warn(update.t, "parameters are not finite and do not enter the averages")
+        if not update.last and not self._tracker.update(averaged, t):
+            self._warn(update.t, "parameters are not finite and do not enter the averages")
         if update.snapshot:
             self._snapshot(update, staged, None if self._tracker.t == t else "its parameters are not finite")
 
     def _snapshot(self, update: Update, staged: Sequence[torch.Tensor], refused: str | None) -> None:
-        is_last = update.calls % self._place.checkpoint_every != 0
-        if not is_last and update.calls // self._place.checkpoint_every % self._every:
+        if not update.last and update.calls // self._place.checkpoint_every % self._every:
             self.counts.skipped += 1
             return
         # The buffers of the snapshot before may still be on their way. Wait for them, but never let training wait.
@@ -227,6 +229,7 @@ class Writer:
                 self._skip(update.t)
                 return
             self._storage.wait_until_fewer(1, _POLL_SECONDS)
+        self._snapshot_t = update.t
         self._taken += 1
         if self._every > 1 and self._taken % _PATIENCE == 0:
             self._every //= 2
