@@ -1,5 +1,6 @@
 """Fixtures: an S3 server for the session, a fresh bucket for a test, and one test run on every kind of storage."""
 
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -31,3 +32,12 @@ def any_store_url(request: pytest.FixtureRequest) -> Target:
         target: Target = request.getfixturevalue("s3_url")
         return target
     return str(request.getfixturevalue("tmp_path") / "run"), {}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_open() -> Iterator[None]:
+    """Close what a test left open, or it would be stored, and told, when the tests end."""
+    yield
+    writer = sys.modules.get("phema_dist.training.writer")
+    for left in list(writer._open_writers) if writer else ():
+        left.abandon(1)

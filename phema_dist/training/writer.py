@@ -66,7 +66,9 @@ class Worker(Generic[Job]):
         return bool(done)
 
     def check(self) -> None:
-        """Raise BackgroundError if the thread failed."""
+        """Raise BackgroundError if the thread failed; if it failed because another one had, that one's error."""
+        if isinstance(self._error, BackgroundError):
+            raise self._error
         if self._error is not None:
             raise BackgroundError(f"{self._thread.name} stopped: {self._error}") from self._error
 
