@@ -221,3 +221,10 @@ def test_fsdp1_is_refused_with_the_way_out() -> None:
     for error in ranks.run(2, fsdp1):
         assert error.startswith("LayoutError: 0 must be plain, DDP or FSDP2; found FSDP1")
         assert "fully_shard" in error
+
+
+def test_a_model_with_nothing_to_average_is_refused() -> None:
+    frozen = nn.Linear(3, 3).requires_grad_(requires_grad=False)
+    for layout in (read_layout(nn.BatchNorm1d(3, affine=False)), read_layout(frozen, only_save_diff=True)):
+        with pytest.raises(LayoutError, match="must have parameters to average"):
+            agree(layout, ALONE)

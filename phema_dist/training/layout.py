@@ -206,6 +206,8 @@ def agree(layout: Layout, ranks: Ranks) -> Ownership:
             holders.setdefault((info.fqn, box), []).append(rank)
             if replicated:
                 declared.add((info.fqn, box))
+    if not any(info.kind == PARAMETER for info in infos.values()):
+        raise LayoutError("the model must have parameters to average; all are frozen and left out, or there are none.")
     _check_replicas(layout, ranks, holders, declared)
 
     order = {fqn: index for index, fqn in enumerate(infos)}
