@@ -228,3 +228,30 @@ def test_a_parameter_that_cannot_be_written_is_named_before_anything_is_changed(
         with pytest.raises(LayoutError, match=r"0\.weight must be writable"), ema.model(model, sigma_rel=0.1):
             pass
     assert model.training
+
+
+class Growing(nn.Module):
+    """Its forward puts a larger buffer in place of a persistent one, as a cache does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("seen", torch.zeros(0, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = torch.cat([self.seen, x])
+        return self.linear(x)
+
+
+def test_a_buffer_that_a_forward_replaces_comes_back(tmp_path: Path) -> None:
+    model = Growing()
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+        ema.update_(model)
+        with torch.no_grad():
+            model.linear.weight.add_(1)
+        own, seen = model.linear.weight.clone(), model.seen
+        with ema.model(model, sigma_rel=0.1):
+            model(torch.ones(2, 3))
+            assert model.seen.shape == (2, 3)
+        assert model.seen is seen
+        assert torch.equal(model.linear.weight, own)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from phema_dist.errors import LayoutError
-from phema_dist.training.layout import Layout, LocalTensor, reshard
+from phema_dist.training.layout import Layout, reshard
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
@@ -26,13 +26,7 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Callable
     """
     held = {tensor.info.fqn: tensor for tensor in layout.tensors}
     reshard(model)
-    backup = ranks.each(lambda: {fqn: _own_values(tensor) for fqn, tensor in held.items()})
-    buffers = [
-        (module, name, buffer, buffer.to("cpu", copy=True))
-        for module in model.modules()
-        for name, buffer in module._buffers.items()  # noqa: SLF001  a forward may change them, persistent or not
-        if buffer is not None
-    ]
+    backup, buffers = ranks.each(lambda: (_own_parameters(layout), _own_buffers(model)))
     flags = [(module, module.training) for module in model.modules()]
 
     @torch.no_grad()
@@ -47,24 +41,40 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Callable
         for module, flag in flags:
             module.training = flag
         reshard(model)  # or the root would go on with what it gathered from the average
+        for module, name, buffer, _ in buffers:
+            module._buffers[name] = buffer  # noqa: SLF001
         with torch.no_grad():
             for fqn, own in backup.items():
                 held[fqn].local().copy_(own)
-            for module, name, buffer, own in buffers:
-                module._buffers[name] = buffer  # noqa: SLF001
+            for _, _, buffer, own in buffers:
                 if not _equal(buffer, own):  # some buffers cannot be written, and then were not
                     buffer.copy_(own)
 
 
 @torch.no_grad()
-def _own_values(tensor: LocalTensor) -> torch.Tensor:
-    local = tensor.local()
-    if local.is_inference() or torch._debug_has_internal_overlap(local) == 1:  # noqa: SLF001
-        raise LayoutError(
-            f"{tensor.info.fqn} must be writable to hold an average; it is an expanded tensor, or was made in "
-            "inference mode. Replace it by a clone."
-        )
-    return local.to("cpu", copy=True)
+def _own_parameters(layout: Layout) -> dict[str, torch.Tensor]:
+    backup = {}
+    for tensor in layout.tensors:
+        if tensor.name not in tensor.module._parameters:  # noqa: SLF001  a buffer, see below
+            continue
+        local = tensor.local()
+        if local.is_inference() or torch._debug_has_internal_overlap(local) == 1:  # noqa: SLF001
+            raise LayoutError(
+                f"{tensor.info.fqn} must be writable to hold an average; it is an expanded tensor, or was made in "
+                "inference mode. Replace it by a clone."
+            )
+        backup[tensor.info.fqn] = local.to("cpu", copy=True)
+    return backup
+
+
+def _own_buffers(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:
+    """All of them, persistent or not: a forward may change or replace them."""
+    return [
+        (module, name, buffer, buffer.to("cpu", copy=True))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()  # noqa: SLF001
+        if buffer is not None
+    ]
 
 
 def _equal(buffer: torch.Tensor, own: torch.Tensor) -> bool:
