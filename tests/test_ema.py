@@ -246,7 +246,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 def test_resume_begins_afresh_where_nothing_is_stored(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     PostHocEMA.from_model(model, tmp_path / "run", resume=True).close()
-    PostHocEMA.from_model(model, tmp_path / "run", resume=700).close()
+    later = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, resume=700)
+    assert later.t == 700  # the model is there, though no average is
+    later.update_(model)
+    later.close()
+    assert torch.equal(synthesize(tmp_path / "run", [0.05])[0].state_dict["weight"], model.weight)
     assert len(open_run(open_store(tmp_path / "run")).attempts) == 2
 
 

@@ -97,11 +97,11 @@ class Session:
         self._last_time = 0  # of the last update, from the origin; the averages may have refused it
         self.writer = Writer(self.segments, self.tracker, settings.checkpoint_dtype)
 
-    def restored(self, t: int) -> None:
-        """Go on from `parent`, whose averages are now in the tracker; the clock goes on from t, if that is later."""
+    def restored(self) -> None:
+        """Go on from `parent`, whose averages are now in the tracker."""
         assert self.parent is not None  # noqa: S101
         manifest = self.parent.manifests[0]
-        self.t, self._calls, self._last_time = max(manifest.t, t), manifest.calls, manifest.t - self._origin
+        self.t, self._calls, self._last_time = manifest.t, manifest.calls, manifest.t - self._origin
         self.tracker.restore(UpdateHistory(manifest.updates))
 
     def update(self, model: nn.Module | None, t: int | None) -> None:
@@ -155,7 +155,9 @@ def begin(
     session = ranks.each(lambda: Session(model, layout, ownership, settings, found))
     if found.parent is not None:
         ranks.each(lambda: restore(session))
-        session.restored(0 if isinstance(resume, bool) else resume)
+        session.restored()
+    if not isinstance(resume, bool):  # where the model is; the next update covers what the averages have not seen
+        session.t = max(session.t, resume)
     attempt = ranks.on_first(lambda: _start(store, found, ranks.size))
     ranks.each(lambda: _check_same_place(store, attempt))
     session.writer.start(
