@@ -88,8 +88,8 @@ class PostHocEMA:
             only_save_diff: leave out parameters that do not require gradients.
             update_after_step: t at which averaging begins; everything before is forgotten.
             storage_options: for the store (key, secret, endpoint_url, …), or the usual AWS environment.
-            resume: True: go on from the newest complete snapshot; an integer: from the newest at or before that t.
-                Begins afresh where nothing is stored.
+            resume: True: go on from the newest complete snapshot. An integer: the t where the model is; the averages
+                go on from the newest complete snapshot at or before it. Begins afresh where nothing is stored.
             process_group: the ranks that hold the model together; None: all.
             t_unit: what t counts, for people who read the run: steps, samples, …
 

@@ -15,7 +15,7 @@ ORDER = [
     "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
     "storage.run",
     "training.layout", "training.staging", "training.tracker", "training.writer", "training.session", "training.swap",
-    "synthesis.recipe", "synthesis.sums", "synthesis.stream", "synthesis.consolidate",
+    "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.consolidate",
     "plot", "ema", "cli",
 ]  # fmt: skip
 EXEMPT = {"__init__", "__main__", "storage.__init__", "training.__init__", "synthesis.__init__"}

@@ -12,7 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from phema_dist.errors import LayoutError
 from phema_dist.ranks import ALONE
 from phema_dist.shard import whole
-from phema_dist.training.layout import BUFFER, PARAMETER, agree, is_sharded, read_layout, select
+from phema_dist.storage.manifest import BUFFER, PARAMETER
+from phema_dist.training.layout import agree, is_sharded, read_layout, select
 
 
 class Block(nn.Module):

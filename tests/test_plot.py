@@ -10,8 +10,6 @@ from phema_dist.errors import ProfileError
 from phema_dist.plot import figure_to_image, reconstruction_error_figure
 from phema_dist.schedule import reconstruction_errors
 
-pytest.importorskip("matplotlib")
-
 TS, PAIR = range(1000, 9000, 1000), (0.05, 0.28)
 
 

@@ -16,6 +16,7 @@ from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Manifest, RunInfo, 
 from phema_dist.storage.snapshot import DTYPE_NAMES, Image, write_snapshot
 from phema_dist.storage.store import LocalStore, open_store
 from phema_dist.synthesis import stream as streams
+from phema_dist.synthesis import tiles
 from phema_dist.synthesis.recipe import plan
 from phema_dist.synthesis.stream import num_bytes, stream
 
@@ -147,7 +148,7 @@ def test_only_what_is_wanted_is_made(tmp_path_factory: pytest.TempPathFactory, d
 def test_results_do_not_depend_on_tiles_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = write_run(tmp_path / "run", [(10 * i, by_rows(i)) for i in (1, 2, 3)])
     whole_tiles = made(run, [0.1, 0.2])
-    monkeypatch.setattr(streams, "_TILE_BYTES", 16)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 16)
     monkeypatch.setattr(streams, "_num_readers", lambda *_: 5)
     tiny_tiles = made(run, [0.1, 0.2])
     for a, b in zip(whole_tiles, tiny_tiles, strict=True):

@@ -19,6 +19,7 @@ from phema_dist.errors import RunError
 
 FORMAT = 1
 RUN_KEY = "run.json"
+PARAMETER, BUFFER = "parameter", "buffer"  # kinds of tensors: averaged, or copied
 BLOCK_BYTES = 4 << 20  # of a checksum: small enough for a ranged read, large enough that manifests stay small
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """A tensor of the run: shape, dtype in the model (a name of safetensors), "parameter" or "buffer"."""
+    """A tensor of the run: shape, dtype in the model (a name of safetensors), PARAMETER or BUFFER."""
 
     shape: tuple[int, ...]
     dtype: str

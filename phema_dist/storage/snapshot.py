@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,14 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What an average can be made of, and the dtype it is kept and returned in.
+AVERAGE_DTYPES = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.complex64,
+}
 _ALIGNMENT = 64  # of the data in the file, so that it can be viewed as any dtype
 
 
@@ -162,6 +170,11 @@ def _build_header(entries: Sequence[Entry]) -> bytes:
             "shape": list(e.box.sizes),
             "data_offsets": [e.start, e.stop],
         }
+    return encode_header(table)
+
+
+def encode_header(table: Mapping[str, object]) -> bytes:
+    """The first bytes of a safetensors file: length, JSON, and spaces up to where data of any dtype may begin."""
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text

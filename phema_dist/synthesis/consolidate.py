@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ import torch
 
 from phema_dist.errors import KeyMissingError, SettingsError
 from phema_dist.shard import Box, flat_span, whole
+from phema_dist.storage.manifest import PARAMETER
 from phema_dist.storage.run import open_run
-from phema_dist.storage.snapshot import DTYPE_NAMES
+from phema_dist.storage.snapshot import DTYPE_NAMES, encode_header
 from phema_dist.storage.store import open_store
 from phema_dist.synthesis.recipe import Certificate, Recipe, announce, plan
-from phema_dist.synthesis.stream import num_bytes, result_dtype, stream
+from phema_dist.synthesis.stream import num_bytes, stream
+from phema_dist.synthesis.tiles import result_dtype
 
 if TYPE_CHECKING:
     from phema_dist.storage.manifest import RunInfo
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from phema_dist.synthesis.stream import Sink
 
 Progress = Callable[[int, int], object]  # bytes read since the last call, bytes in all; called from any thread
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,26 +188,25 @@ def _checkpoint_file(
         fqn = info.aliases.get(name, name)
         facts = info.tensors[fqn]
         dtypes[fqn] = result_dtype(facts)
-        if facts.kind == "parameter" and dtypes[fqn] == torch.float32:
+        if facts.kind == PARAMETER and dtypes[fqn] == torch.float32:
             dtypes[fqn] = dtype
         stop = position + whole(facts.shape).numel * dtypes[fqn].itemsize
         table[name] = {"dtype": DTYPE_NAMES[dtypes[fqn]], "shape": facts.shape, "data_offsets": [position, stop]}
         starts.setdefault(fqn, []).append(position)
         position = stop
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    header = encode_header(table)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        os.pwrite(fd, struct.pack("<Q", len(text)) + text, 0)
-        os.truncate(fd, 8 + len(text) + position)
+        os.pwrite(fd, header, 0)
+        os.truncate(fd, len(header) + position)
 
         def write(fqn: str, box: Box, values: torch.Tensor) -> None:
             cast = values.to(dtypes[fqn])
             for start in starts[fqn]:
-                _write_box(fd, 8 + len(text) + start, box, whole(info.tensors[fqn].shape), cast)
+                _write_box(fd, len(header) + start, box, whole(info.tensors[fqn].shape), cast)
 
         yield write
         os.fsync(fd)

@@ -11,21 +11,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 
 from phema_dist.errors import SnapshotError
-from phema_dist.shard import Box, check_exact_cover, flat_range_to_boxes, flat_span, intersect
-from phema_dist.storage.manifest import BLOCK_BYTES
-from phema_dist.storage.snapshot import DTYPES, Entry, parse_header
+from phema_dist.shard import Box, check_exact_cover
+from phema_dist.storage.snapshot import Entry, parse_header
 from phema_dist.synthesis.sums import TERMS_AT_ONCE, add_batch, num_rows, prefers_batches
+from phema_dist.synthesis.tiles import TILE_BYTES, Layout, Move, Tile, cut_tiles, plan_moves, reads_of
 
 if TYPE_CHECKING:
-    from phema_dist.storage.manifest import RunInfo, ShardFile, TensorFacts
+    from phema_dist.storage.manifest import RunInfo, ShardFile
     from phema_dist.storage.run import Snapshot
     from phema_dist.storage.store import Store
     from phema_dist.synthesis.recipe import Recipe
@@ -34,21 +33,7 @@ if TYPE_CHECKING:
 Sink = Callable[[int, str, Box, torch.Tensor], None]
 Progress = Callable[[int], object]  # told the number of bytes read, now and then
 
-_TILE_BYTES = BLOCK_BYTES
 _MEMORY_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the tensors of one profile of a snapshot lie: the entries of each of its files."""
-
-    files: tuple[tuple[Entry, ...], ...]
-    places: dict[str, list[tuple[int, Entry]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for index, entries in enumerate(self.files):
-            for entry in entries:
-                self.places.setdefault(entry.fqn, []).append((index, entry))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,38 +82,6 @@ class Library:
         return Source(snapshot, tuple(files), self._layouts[key_of_layout], tuple(factors), copied_to)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A box of a tensor in a tile, from element `start` of the tile on."""
-
-    fqn: str
-    box: Box
-    start: int
-
-
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """A stretch of work: boxes that are made, and handed out, together. Parameters and buffers never mix."""
-
-    parts: tuple[Part, ...]
-    numel: int
-    averaged: bool
-    dtype: torch.dtype  # of the sums
-
-
-@dataclass(frozen=True)
-class Move:
-    """Elements of a file that go to a tile: a strided view of each."""
-
-    first_byte: int  # in the file's data
-    last_byte: int
-    dtype: torch.dtype
-    target: int
-    sizes: tuple[int, ...]
-    from_strides: tuple[int, ...]
-    to_strides: tuple[int, ...]
-
-
 def stream(
     store: Store,
     info: RunInfo,
@@ -156,14 +109,13 @@ def stream(
     """
     library = Library(store, info)
     newest = recipes[0].newest
-    used = {(term.sigma_rel, term.snapshot.t): term.snapshot for recipe in recipes for term in recipe.terms}
-    sources = [library.source(snapshot, sigma_rel, recipes) for (sigma_rel, _), snapshot in sorted(used.items())]
+    sources = [library.source(snapshot, sigma_rel, recipes) for sigma_rel, snapshot in _used(recipes)]
     reference = library.source(newest, info.sigma_rels[0], ())
     # Buffers are not averaged: all results take those of the newest snapshot.
     copied = replace(reference, copied_to=tuple(range(len(recipes))))
 
     num_readers = _num_readers(len(recipes), store.read_concurrency)
-    tiles = _cut_tiles(info, reference.layout, wanted, calculation_dtype)
+    tiles = cut_tiles(info, reference.layout, wanted, calculation_dtype)
     rooms = [_Room() for _ in range(num_readers)]
 
     def make(tile: Tile) -> None:
@@ -188,60 +140,23 @@ def stream(
 
 def num_bytes(recipes: Sequence[Recipe]) -> int:
     """How many bytes a pass over everything reads, for a progress bar."""
+    return sum(file.data_bytes for sigma_rel, snapshot in _used(recipes) for file in _files(snapshot, sigma_rel))
+
+
+def _used(recipes: Sequence[Recipe]) -> list[tuple[float, Snapshot]]:
+    """The stored averages that some recipe needs, by sigma_rel, then t: the order in which they are added."""
     used = {(term.sigma_rel, term.snapshot.t): term.snapshot for recipe in recipes for term in recipe.terms}
-    return sum(file.data_bytes for (sigma_rel, _), snapshot in used.items() for file in _files(snapshot, sigma_rel))
+    return [(sigma_rel, snapshot) for (sigma_rel, _), snapshot in sorted(used.items())]
 
 
 def _num_readers(num_targets: int, most: int) -> int:
     """As many as are worthwhile, if all that they hold fits: sums and values in float32, and what was read."""
     others = TERMS_AT_ONCE if prefers_batches(num_targets, torch.float32) else num_targets + 1
-    return max(1, min(most, _MEMORY_BYTES // (_TILE_BYTES * (num_rows(num_targets) + others + 1))))
+    return max(1, min(most, _MEMORY_BYTES // (TILE_BYTES * (num_rows(num_targets) + others + 1))))
 
 
 def _files(snapshot: Snapshot, sigma_rel: float) -> list[ShardFile]:
     return [file for manifest in snapshot.manifests for file in manifest.files if file.sigma_rel == sigma_rel]
-
-
-def result_dtype(facts: TensorFacts) -> torch.dtype:
-    """Of a synthesized tensor: float32, unless the model's precision is higher; a buffer keeps its own."""
-    dtype = DTYPES[facts.dtype]
-    return dtype if facts.kind != "parameter" or dtype in {torch.float64, torch.complex64} else torch.float32
-
-
-def _cut_tiles(
-    info: RunInfo,
-    layout: Layout,
-    wanted: Mapping[str, Sequence[Box]] | None,
-    calculation_dtype: torch.dtype,
-) -> Iterator[Tile]:
-    """Follow the files of the layout, so that a tile is one stretch of bytes wherever a snapshot is sharded alike."""
-    for entries in layout.files:
-        cuts = (cut for entry in entries for cut in _cuts(entry, info.tensors[entry.fqn], calculation_dtype))
-        for (_, averaged, dtype), group in groupby(cuts, key=lambda cut: cut[0]):
-            parts, numel = [], 0
-            for _, fqn, cut in group:
-                boxes = [cut] if wanted is None else [intersect(cut, box) for box in wanted.get(fqn, ())]
-                for box in filter(None, boxes):
-                    parts.append(Part(fqn, box, numel))
-                    numel += box.numel
-            if parts:
-                yield Tile(tuple(parts), numel, averaged, dtype)
-
-
-def _cuts(
-    entry: Entry, facts: TensorFacts, calculation_dtype: torch.dtype
-) -> Iterator[tuple[tuple[int, bool, torch.dtype], str, Box]]:
-    """The boxes of an entry, cut where a tile ends in the file; with the tile's number, whether averaged, and dtype."""
-    averaged, dtype = facts.kind == "parameter", result_dtype(facts)
-    if averaged and dtype == torch.float32:
-        dtype = calculation_dtype
-    size, start = entry.dtype.itemsize, 0
-    while start < entry.box.numel:
-        number = (entry.start + start * size) // _TILE_BYTES
-        stop = min(entry.box.numel, max(start + 1, ((number + 1) * _TILE_BYTES - entry.start) // size))
-        for box in flat_range_to_boxes(entry.box, start, stop):
-            yield (number, averaged, dtype), entry.fqn, box
-        start = stop
 
 
 class _Room:
@@ -273,7 +188,7 @@ def _make_tile(
     def read(batch: Sequence[Source], into: torch.Tensor) -> Iterator[torch.Tensor]:
         for source, row in zip(batch, into, strict=True):
             if id(source.layout) not in plans:
-                plans[id(source.layout)] = _plan_moves(source.layout, tile)
+                plans[id(source.layout)] = plan_moves(source.layout, tile)
             _read_tile(store, source, plans[id(source.layout)], row, room, progress)
             for k in source.copied_to:
                 _hand_out(tile, k, row, sink)
@@ -301,7 +216,7 @@ def _read_tile(
 ) -> None:
     """Fill a row with the elements of a tile, in its dtype; straight from the file where they lie there alike."""
     for file, moves in zip(source.files, plan, strict=True):
-        for start, stop, group in _reads(moves, file.data_bytes, source.block_bytes):
+        for start, stop, group in reads_of(moves, file.data_bytes, source.block_bytes):
             move = group[0]
             if (move.first_byte, move.last_byte, move.to_strides, move.dtype) == (start, stop, (1,), row.dtype):
                 part = row[move.target : move.target + move.sizes[0]]
@@ -316,71 +231,6 @@ def _read_tile(
                     )
             if progress is not None:
                 progress(stop - start)
-
-
-def _plan_moves(layout: Layout, tile: Tile) -> list[list[Move]]:
-    """For each file of a layout: the moves that fill the tile, in the order of their bytes."""
-    plan: list[list[Move]] = [[] for _ in layout.files]
-    for part in tile.parts:
-        for index, entry in layout.places[part.fqn]:
-            shared = intersect(entry.box, part.box)
-            if shared is None:
-                continue
-            first, last, dense = flat_span(shared, entry.box)
-            target, _, dense_there = flat_span(shared, part.box)
-            flat = dense and dense_there
-            size = entry.dtype.itemsize
-            move = Move(
-                entry.start + first * size,
-                entry.start + last * size,
-                entry.dtype,
-                part.start + target,
-                (shared.numel,) if flat else shared.sizes,
-                (1,) if flat else _strides(entry.box),
-                (1,) if flat else _strides(part.box),
-            )
-            moves = plan[index]
-            if moves and (joined := _join(moves[-1], move)):
-                moves[-1] = joined
-            else:
-                moves.append(move)
-    for moves in plan:
-        moves.sort(key=lambda move: move.first_byte)
-    return plan
-
-
-def _strides(box: Box) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(box.sizes[1:]):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides))
-
-
-def _join(a: Move, b: Move) -> Move | None:
-    """Two flat moves as one, if the second continues the first on both sides: where layouts agree, a tile is one."""
-    if (
-        (a.dtype, a.from_strides, a.to_strides) == (b.dtype, (1,), (1,))
-        and b.from_strides == b.to_strides == (1,)
-        and (a.last_byte, a.target + a.sizes[0]) == (b.first_byte, b.target)
-    ):
-        return replace(a, last_byte=b.last_byte, sizes=(a.sizes[0] + b.sizes[0],))
-    return None
-
-
-def _reads(moves: Sequence[Move], data_bytes: int, block_bytes: int) -> Iterator[tuple[int, int, list[Move]]]:
-    """Whole checksum blocks that hold the moves' bytes, neighbouring ones as one read."""
-    group: list[Move] = []
-    start = stop = 0
-    for move in moves:
-        first = move.first_byte // block_bytes * block_bytes
-        last = min(-(-move.last_byte // block_bytes) * block_bytes, data_bytes)
-        if group and first > stop:
-            yield start, stop, group
-            group = []
-        start, stop = (min(start, first), max(stop, last)) if group else (first, last)
-        group.append(move)
-    if group:
-        yield start, stop, group
 
 
 def _read_checked(store: Store, source: Source, file: ShardFile, start: int, data: torch.Tensor) -> None:

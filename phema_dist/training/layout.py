@@ -18,7 +18,8 @@ from torch import nn
 
 from phema_dist.errors import LayoutError
 from phema_dist.shard import Box, Held, check_exact_cover, share_out, whole
-from phema_dist.storage.snapshot import DTYPE_NAMES
+from phema_dist.storage.manifest import BUFFER, PARAMETER
+from phema_dist.storage.snapshot import AVERAGE_DTYPES, DTYPE_NAMES
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -26,17 +27,8 @@ if TYPE_CHECKING:
 
     from phema_dist.ranks import Ranks
 
-PARAMETER, BUFFER = "parameter", "buffer"
 # Names that a wrapper inserts, and that the bare model's state dict does not have.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-# What safetensors can hold and an average can be made of; averages of the 16-bit types are float32.
-_AVERAGE_DTYPE = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.float64: torch.float64,
-    torch.complex64: torch.complex64,
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class TensorInfo:
     @property
     def average_dtype(self) -> torch.dtype:
         """The dtype its averages are kept and returned in; a buffer keeps its own."""
-        return _AVERAGE_DTYPE[self.dtype] if self.kind == PARAMETER else self.dtype
+        return AVERAGE_DTYPES[self.dtype] if self.kind == PARAMETER else self.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,9 +245,9 @@ def _local_tensor(fqn: str, module: nn.Module, name: str, tensor: torch.Tensor, 
         raise LayoutError(f"{fqn} must have a shape; it is lazy. Run one forward before.")
     averaged = isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex())
     info = TensorInfo(fqn, tuple(tensor.shape), tensor.dtype, PARAMETER if averaged else BUFFER)
-    if averaged and tensor.dtype not in _AVERAGE_DTYPE:
+    if averaged and tensor.dtype not in AVERAGE_DTYPES:
         raise LayoutError(
-            f"{fqn} must be one of {', '.join(str(d)[6:] for d in _AVERAGE_DTYPE)} to be averaged; found "
+            f"{fqn} must be one of {', '.join(str(d)[6:] for d in AVERAGE_DTYPES)} to be averaged; found "
             f"{tensor.dtype}. Average its master copy, or leave it out with requires_grad=False and only_save_diff."
         )
     if tensor.dtype not in DTYPE_NAMES:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phema_dist.training.layout import PARAMETER
+from phema_dist.storage.manifest import PARAMETER
 
 if TYPE_CHECKING:
     from phema_dist.training.layout import Piece

@@ -340,10 +340,10 @@ def _check_not_superseded(place: Place, newest: int) -> None:
 
 
 def _make_image(segments: Sequence[Segment], checkpoint_dtype: torch.dtype | None) -> Image:
-    return Image([(stored_dtype(s, checkpoint_dtype), [(p.info.fqn, p.box) for p in s.pieces]) for s in segments])
+    return Image([(_stored_dtype(s, checkpoint_dtype), [(p.info.fqn, p.box) for p in s.pieces]) for s in segments])
 
 
-def stored_dtype(segment: Segment, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
+def _stored_dtype(segment: Segment, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of a segment in a snapshot: float32 averages become `checkpoint_dtype`, others stay as they are."""
     if segment.averaged and segment.average_dtype == torch.float32 and checkpoint_dtype is not None:
         return checkpoint_dtype
