@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from phema_dist.ema import PostHocEMA
 from phema_dist.profile import sigma_rel_to_gamma, update_weight
 from phema_dist.ranks import ALONE
-from phema_dist.training.layout import agree, read_layout
+from phema_dist.training.layout import read_layout
+from phema_dist.training.ownership import agree
 from phema_dist.training.staging import Staging, segments
 from phema_dist.training.tracker import Tracker
 

@@ -14,7 +14,8 @@ ORDER = [
     "errors", "profile", "schedule", "shard", "ranks",
     "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
     "storage.run",
-    "training.layout", "training.staging", "training.tracker", "training.writer", "training.session", "training.swap",
+    "training.layout", "training.ownership", "training.staging", "training.tracker", "training.writer",
+    "training.session", "training.swap",
     "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.consolidate",
     "plot", "ema", "cli",
 ]  # fmt: skip

@@ -13,7 +13,8 @@ from phema_dist.errors import LayoutError
 from phema_dist.ranks import ALONE
 from phema_dist.shard import whole
 from phema_dist.storage.manifest import BUFFER, PARAMETER
-from phema_dist.training.layout import agree, is_sharded, read_layout, select
+from phema_dist.training.layout import is_sharded, read_layout, select
+from phema_dist.training.ownership import agree
 
 
 class Block(nn.Module):

@@ -1,8 +1,7 @@
-"""Which tensors of a model this rank holds, and which part of them it owns: averages and stores.
+"""Which tensors of a model this rank holds: their names in the bare model, and the boxes that lie here.
 
-Wrappers are walked, never called: nothing here gathers a parameter. `read_layout` looks at one rank alone; `agree`
-lets the ranks compare what they hold and elects one owner for every element. Local storage is looked up anew at every
-use, because FSDP replaces it (at the first forward, at load_state_dict), so no tensor of a model is kept here.
+Wrappers are walked, never called: nothing here gathers a parameter, or talks to another rank. Local storage is looked
+up anew at every use, because FSDP replaces it (at the first forward, at load_state_dict): no tensor of a model is kept.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-import xxhash
 from torch import nn
 
 from phema_dist.errors import LayoutError
-from phema_dist.shard import Box, Held, check_exact_cover, share_out, whole
+from phema_dist.shard import Box, whole
 from phema_dist.storage.manifest import BUFFER, PARAMETER
 from phema_dist.storage.snapshot import AVERAGE_DTYPES, DTYPE_NAMES
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from phema_dist.ranks import Ranks
 
 # Names that a wrapper inserts, and that the bare model's state dict does not have.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -76,41 +73,18 @@ class LocalTensor:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What this rank holds of a model: tensors in the model's order, and second names of tied ones."""
+    """What this rank holds of a model: tensors in the model's order, and second names of tied ones.
 
+    A tensor has any number of boxes here, FSDP1 cuts it anywhere; `infos` names those without one, too.
+    """
+
+    infos: dict[str, TensorInfo]
     tensors: tuple[LocalTensor, ...]
     aliases: dict[str, str]  # further name -> the name it is stored under
 
     def table(self) -> tuple[Any, ...]:
         """The layout as plain values, equal for equal layouts: what is compared and exchanged."""
         return tuple((t.info, t.box, t.replicated) for t in self.tensors), tuple(sorted(self.aliases.items()))
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """A run of rows of a local tensor that this rank owns."""
-
-    source: LocalTensor
-    box: Box  # in the whole tensor
-
-    @property
-    def info(self) -> TensorInfo:
-        """The tensor that this is a piece of."""
-        return self.source.info
-
-    def local(self) -> torch.Tensor:
-        """The rows as they are now, of shape `box.sizes`; a view, not to be kept."""
-        local = self.source.local()
-        return local[self.box.relative_to(self.source.box)] if self.box != self.source.box else local
-
-
-@dataclass(frozen=True, eq=False)
-class Ownership:
-    """What all ranks agreed on: every tensor of the run, and this rank's pieces of them."""
-
-    tensors: tuple[TensorInfo, ...]
-    aliases: dict[str, str]
-    pieces: tuple[Piece, ...]
 
 
 def read_layout(model: nn.Module, *, only_save_diff: bool = False, among: Container[str] | None = None) -> Layout:
@@ -132,7 +106,7 @@ def read_layout(model: nn.Module, *, only_save_diff: bool = False, among: Contai
             aliases[fqn] = first.info.fqn
         else:
             tensors[id(tensor)] = _local_tensor(fqn, module, name, tensor, replicated=replicated)
-    return Layout(tuple(tensors.values()), aliases)
+    return Layout({t.info.fqn: t.info for t in tensors.values()}, tuple(tensors.values()), aliases)
 
 
 def reshard(model: nn.Module) -> None:
@@ -161,9 +135,8 @@ def select(layout: Layout, shapes: Mapping[str, Sequence[int]], *, partial: bool
 
     Raises LayoutError naming the first that is missing, differs, or is too many.
     """
-    held = {tensor.info.fqn: tensor for tensor in layout.tensors}
-    for fqn in [*shapes, *(() if partial else held)]:
-        found = tuple(held[fqn].info.shape) if fqn in held else None
+    for fqn in [*shapes, *(() if partial else layout.infos)]:
+        found = tuple(layout.infos[fqn].shape) if fqn in layout.infos else None
         wanted = tuple(shapes[fqn]) if fqn in shapes else None
         if found != wanted:
             raise LayoutError(
@@ -171,52 +144,11 @@ def select(layout: Layout, shapes: Mapping[str, Sequence[int]], *, partial: bool
                 f"run and {'not' if found is None else found} in the model. Pass the model that was averaged, wrapped "
                 "or not."
             )
-    return Layout(tuple(tensor for tensor in layout.tensors if tensor.info.fqn in shapes), layout.aliases)
-
-
-def agree(layout: Layout, ranks: Ranks) -> Ownership:
-    """Collective: compare what the ranks hold, check that replicas are replicas, and elect owners.
-
-    Raises LayoutError on every rank if one tensor has two shapes, if an element is held nowhere, or if ranks hold
-    equal names with different content (pipeline stages or local experts, which are not replicas of each other).
-    """
-    tables = ranks.together(layout.table)
-    infos: dict[str, TensorInfo] = {}
-    holders: dict[tuple[str, Box], list[int]] = {}
-    declared: set[tuple[str, Box]] = set()
-    aliases: dict[str, str] = {}
-    for rank, (tensors, alias_items) in enumerate(tables):
-        aliases.update(alias_items)
-        for info, box, replicated in tensors:
-            if not box.numel and 0 not in info.shape:
-                continue  # an uneven shard that came out empty
-            if infos.setdefault(info.fqn, info) != info:
-                raise LayoutError(
-                    f"{info.fqn} must be the same tensor on all ranks; found {infos[info.fqn]} and, on rank {rank}, "
-                    f"{info}. Give modules that differ between ranks different names."
-                )
-            holders.setdefault((info.fqn, box), []).append(rank)
-            if replicated:
-                declared.add((info.fqn, box))
-    if not any(info.kind == PARAMETER for info in infos.values()):
-        raise LayoutError("the model must have parameters to average; all are frozen and left out, or there are none.")
-    _check_replicas(layout, ranks, holders, declared)
-
-    order = {fqn: index for index, fqn in enumerate(infos)}
-    held = [
-        # A buffer is stored whole by the lowest rank that holds it: ranks may disagree on it, and it is small.
-        # Weighed by its averages: they are most of what a rank keeps and stores, and of 16-bit parameters float32.
-        Held(order[fqn], box, infos[fqn].average_dtype.itemsize, tuple(by if infos[fqn].kind == PARAMETER else by[:1]))
-        for (fqn, box), by in holders.items()
-    ]
-    boxes: dict[str, list[Box]] = {fqn: [] for fqn in infos}
-    for fqn, box in holders:
-        boxes[fqn].append(box)
-    for fqn, info in infos.items():
-        check_exact_cover(fqn, info.shape, boxes[fqn])
-    local = {order[t.info.fqn]: t for t in layout.tensors}
-    mine = sorted(share_out(held, ranks.size)[ranks.rank])
-    return Ownership(tuple(infos.values()), aliases, tuple(Piece(local[index], box) for index, box in mine))
+    return Layout(
+        {fqn: info for fqn, info in layout.infos.items() if fqn in shapes},
+        tuple(tensor for tensor in layout.tensors if tensor.info.fqn in shapes),
+        layout.aliases,
+    )
 
 
 def _walk(
@@ -291,40 +223,3 @@ def _refuse_fsdp1(module: nn.Module, prefix: str) -> None:
             f"{prefix.rstrip('.') or 'the model'} must be plain, DDP or FSDP2; found FSDP1 (FullyShardedDataParallel). "
             "Wrap it with torch.distributed.fsdp.fully_shard instead."
         )
-
-
-def _check_replicas(
-    layout: Layout, ranks: Ranks, holders: dict[tuple[str, Box], list[int]], declared: set[tuple[str, Box]]
-) -> None:
-    """Collective: what several ranks hold must be equal to the last bit now, or it would never be one average."""
-
-    def digests() -> dict[tuple[str, Box], bytes]:
-        averaged = (t for t in layout.tensors if t.info.kind == PARAMETER)
-        return {
-            (t.info.fqn, t.box): _digest(t.local()) for t in averaged if len(holders.get((t.info.fqn, t.box), ())) > 1
-        }
-
-    by_rank = ranks.together(digests)
-    for (fqn, box), held_by in holders.items():
-        if (fqn, box) not in by_rank[held_by[0]]:
-            continue
-        odd = [rank for rank in held_by if by_rank[rank][fqn, box] != by_rank[held_by[0]][fqn, box]]
-        if (fqn, box) in declared:
-            if odd:
-                raise LayoutError(
-                    f"{fqn} must be equal on ranks {held_by}, which DDP or its placements call replicas; ranks {odd} "
-                    f"differ from rank {held_by[0]}. Start them from the same values."
-                )
-        elif odd or len(held_by) < ranks.size:
-            raise LayoutError(
-                f"{fqn} is a whole, plain tensor on ranks {held_by} of {ranks.size}, and no group calls them replicas: "
-                "they must be equal on all ranks; found "
-                + (f"other values on ranks {odd} than on rank {held_by[0]}" if odd else "it missing on the others")
-                + ". If these are different modules (pipeline stages, local experts), name them differently; "
-                "otherwise wrap the model in DDP before."
-            )
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    flat = tensor.cpu().contiguous().reshape(-1)
-    return xxhash.xxh3_64_digest(flat.view(torch.uint8).numpy().data) if flat.numel() else b""

@@ -16,7 +16,7 @@ import torch
 from phema_dist.storage.manifest import PARAMETER
 
 if TYPE_CHECKING:
-    from phema_dist.training.layout import Piece
+    from phema_dist.training.ownership import Piece
 
 NUM_SLOTS = 2
 
