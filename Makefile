@@ -35,6 +35,10 @@ bench: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/update.py --ddp
+	$(BIN)/python benchmarks/blocking.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/blocking.py --wrapper ddp
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/blocking.py --wrapper fsdp2
+	$(BIN)/python benchmarks/construction.py
 	$(BIN)/python benchmarks/synthesis.py
 
 venv: $(READY)

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from phema_dist import evaluation
 from phema_dist.errors import SettingsError
 from phema_dist.ranks import ALONE, Ranks, join
 from phema_dist.storage import run as runs
 from phema_dist.storage.store import open_store
-from phema_dist.synthesis.consolidate import empty_state, fill_states, once_more
-from phema_dist.synthesis.recipe import Recipe, announce, plan, stored_recipe
-from phema_dist.synthesis.stream import stream
-from phema_dist.training.layout import is_sharded, read_layout, select
+from phema_dist.training.attach import Attachment
 from phema_dist.training.session import DEFAULT_SIGMA_RELS, Session, Settings, begin, check_sigma_rels
-from phema_dist.training.swap import swapped
+from phema_dist.training.wrappers import is_sharded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
     from torch.distributed import ProcessGroup
 
-    from phema_dist.shard import Box
-    from phema_dist.storage.manifest import RunInfo
     from phema_dist.storage.store import Store
-    from phema_dist.synthesis.stream import Sink
+    from phema_dist.training.state import TrainingState
 
 
 class PostHocEMA:
@@ -48,6 +45,8 @@ class PostHocEMA:
         self._resume: bool | int = True  # how a run that was opened to read would go on
         self._session: Session | None = None
         self._ranks = ALONE  # that train together
+        self._group: ProcessGroup | None = None
+        self._attachment: Attachment | None = None
         self._borrowed = 0  # how many `model` blocks hold an average in the live model
         self._closed = False
 
@@ -71,6 +70,7 @@ class PostHocEMA:
         resume: bool | int = False,
         process_group: ProcessGroup | None = None,
         t_unit: str = "steps",
+        prefix: str = "",
     ) -> PostHocEMA:
         """Begin to average a model, or go on with a run. Collective: call it on every rank, after wrapping the model.
 
@@ -92,6 +92,8 @@ class PostHocEMA:
                 go on from the newest complete snapshot at or before it. Begins afresh where nothing is stored.
             process_group: the ranks that hold the model together; None: all.
             t_unit: what t counts, for people who read the run: steps, samples, …
+            prefix: before the names of this rank's tensors, where ranks hold different modules whose names collide
+                (pipeline stages, local experts).
 
         Raises:
             SettingsError, ProfileError: an argument that cannot work.
@@ -104,7 +106,7 @@ class PostHocEMA:
         def checked() -> PostHocEMA:
             settings = Settings(
                 max_checkpoints, _floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
-                only_save_diff, update_after_step, t_unit,
+                only_save_diff, update_after_step, t_unit, prefix,
             )  # fmt: skip
             return PostHocEMA(open_store(checkpoint_dir, storage_options), settings, _sum_dtype(calculation_dtype))
 
@@ -125,6 +127,8 @@ class PostHocEMA:
         *,
         step: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        process_group: ProcessGroup | None = None,
+        prefix: str = "",
     ) -> PostHocEMA:
         """Open a run to read it. Not collective: one rank, or a process without ranks, may do it alone.
 
@@ -142,6 +146,8 @@ class PostHocEMA:
             only_save_diff: as in `from_model`.
             step: go on from the newest complete snapshot at or before this t.
             storage_options: for the store.
+            process_group: as in `from_model`; if given, its ranks also enter `model` together.
+            prefix: as in `from_model`.
 
         Raises:
             RunError: there is no run, or it has other sigma_rels.
@@ -149,18 +155,18 @@ class PostHocEMA:
         """
         settings = Settings(
             max_checkpoints, _floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
-            only_save_diff=only_save_diff,
+            only_save_diff=only_save_diff, prefix=prefix,
         )  # fmt: skip
         ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings)
         check_sigma_rels(ema._store, runs.open_run(ema._store).info, settings)
-        ema._model = model
+        ema._model, ema._group = model, process_group
         ema._resume = True if step is None else step
         return ema
 
     @property
     def t(self) -> int:
         """Training time at the last call of `update_`; 0 before the first, or if the run is only read."""
-        return 0 if self._session is None else self._session.t
+        return 0 if self._session is None else self._session.t - self._session.num_skipped
 
     def update_(self, model: nn.Module | None = None, t: int | None = None) -> None:
         """Tell the averages that the parameters have changed; call it after each optimizer step, on every rank.
@@ -178,17 +184,48 @@ class PostHocEMA:
             LayoutError: a tensor was removed, resized or has another dtype, or `model` is another model.
             BackgroundError: a background thread has stopped; its error is the cause.
         """
-        if self._closed:
-            raise SettingsError("this PostHocEMA is closed; make a new one with resume=True to go on.")
-        if self._borrowed:
-            raise SettingsError("update_ inside `with ema.model(...)` would average an average; call it outside.")
-        session = self._session
-        if session is None:
-            model = self._model if model is None else model
-            if model is None:
-                raise SettingsError("update_ needs a model: pass it here, or to from_path.")
-            session = self._begin(model, join(), self._resume)
+        session = self._training(model)
         session.update(model, t)
+        session.writer.fence()
+
+    def attach(
+        self, *optimizers: torch.optim.Optimizer, model: nn.Module | None = None, t: Callable[[], int] | None = None
+    ) -> None:
+        """Make one update whenever all of these optimizers have stepped, instead of calls of `update_`.
+
+        A step that a GradScaler skips is no update and does not count, and is found out without waiting for the
+        device. The copy of the parameters overlaps with the next forward and backward; only optimizers may change
+        parameters then. Does not communicate (except after `from_path`, as `update_`).
+
+        Args:
+            optimizers: in the order in which they step. One that steps again, before a later one has stepped, begins a
+                new round: a round that some optimizer skipped is no update.
+            model: as in `update_`.
+            t: asked for the training time at each update (images seen, …); None: the number of steps.
+
+        Raises:
+            SettingsError: no optimizer, or one that is attached already.
+        """
+        if self._attachment is not None:
+            raise SettingsError("attach was called before; call it once, with all optimizers, in stepping order.")
+        session = self._training(model)
+
+        def stepped(skips: torch.Tensor | None) -> None:
+            self._training(model).update(model, None if t is None else t(), skips)
+
+        self._attachment = Attachment(optimizers, stepped, session.writer.fence)
+
+    @property
+    def training_state(self) -> TrainingState:
+        """The averages as a part of the job's own training checkpoint, for `torch.distributed.checkpoint`.
+
+        `dcp.save({"model": ..., "optim": ..., "ema": ema.training_state})` stores the float32 averages, sharded;
+        `dcp.load` restores them, bit for bit, on another number of ranks, another mesh or another wrapper. Loading
+        replaces what `resume` began with.
+        """
+        from phema_dist.training.state import TrainingState  # noqa: PLC0415  loads torch.distributed.checkpoint
+
+        return TrainingState(self._training(None), self._ranks)
 
     @contextmanager
     def model(
@@ -210,18 +247,10 @@ class PostHocEMA:
             ProfileError, RunError, StorageError: as `synthesize`.
             LayoutError: the model does not have the run's tensors.
         """
-        ranks = self._ranks if self._session else join() if is_sharded(model) else ALONE
-        info = ranks.on_first(lambda: runs.read_info(self._store))
-        shapes = {fqn: facts.shape for fqn, facts in info.tensors.items()}
-        names = shapes if info.only_save_diff else None
-        layout = ranks.each(lambda: select(read_layout(model, among=names), shapes, partial=info.only_save_diff))
-        wanted = {tensor.info.fqn: [tensor.box] for tensor in layout.tensors}
-        with swapped(model, layout, ranks) as write:
-
-            def fill(_: int, fqn: str, box: Box, values: torch.Tensor) -> None:
-                write(fqn, box, values)
-
-            self._synthesize(ranks, sigma_rel, step, fill, wanted, calculation_dtype)
+        together = self._group is not None or is_sharded(model)
+        ranks = self._ranks if self._session else join(self._group) if together else ALONE
+        wanted = self._wanted(ranks, sigma_rel, step, calculation_dtype)
+        with evaluation.in_place(self._store, ranks, wanted, model, self._settings.prefix):
             self._borrowed += 1
             try:
                 yield model
@@ -245,10 +274,8 @@ class PostHocEMA:
         Raises:
             ProfileError, RunError, StorageError: as `synthesize`.
         """
-        info = self._ranks.on_first(lambda: runs.read_info(self._store))
-        state = self._ranks.each(lambda: empty_state(info))
-        self._synthesize(self._ranks, sigma_rel, step, fill_states([state]), None, calculation_dtype)
-        yield state
+        wanted = self._wanted(self._ranks, sigma_rel, step, calculation_dtype)
+        yield evaluation.full_state(self._store, self._ranks, wanted)
 
     def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image:
         """Draw how exactly each sigma_rel can be made: of the stored snapshots, or of those to come if there are none.
@@ -280,7 +307,7 @@ class PostHocEMA:
             BackgroundError: a background thread has stopped, `timeout` was too short, or that snapshot was not stored.
         """
         if self._session is not None and not self._closed:
-            self._closed = True
+            self._end()
             self._session.writer.close(timeout)
 
     def __enter__(self) -> Self:
@@ -290,83 +317,46 @@ class PostHocEMA:
         if error is None:
             self.close()
         elif self._session is not None and not self._closed:
-            self._closed = True
+            self._end()
             self._session.writer.abandon(_SECONDS_AFTER_ERROR)
 
     def _begin(self, model: nn.Module, ranks: Ranks, resume: bool | int) -> Session:
         """Collective: start training on the run, from its snapshot if it has one."""
         with torch.inference_mode(mode=False):  # or the background threads could not write what is made here
-            self._session = begin(self._store, model, ranks, self._settings, self._restore, resume=resume)
+            self._session = begin(
+                self._store, model, ranks, self._settings, partial(evaluation.restore, self._store), resume=resume
+            )
         self._ranks = ranks
         return self._session
 
-    def _restore(self, session: Session) -> None:
-        """Fill the averages of what this rank owns from the snapshot that the session goes on from."""
-        assert session.parent is not None  # noqa: S101
-        targets: list[dict[str, tuple[Box, torch.Tensor]]] = []
-        for averages in session.tracker.averages:
-            views = [segment.views(flat) for segment, flat in zip(session.tracker.segments, averages, strict=True)]
-            targets.append(
-                {
-                    piece.info.fqn: (piece.box, view)
-                    for segment, pieces in zip(session.tracker.segments, views, strict=True)
-                    for piece, view in zip(segment.pieces, pieces, strict=True)
-                }
-            )
-
-        def fill(k: int, fqn: str, box: Box, values: torch.Tensor) -> None:
-            held, view = targets[k][fqn]
-            view[box.relative_to(held)].copy_(values)
-
-        recipes = [stored_recipe(session.parent, sigma_rel) for sigma_rel in session.info.sigma_rels]
-        wanted = {fqn: [box] for fqn, (box, _) in targets[0].items()}
-        stream(self._store, session.info, recipes, fill, wanted=wanted)
-
-    def _synthesize(
-        self,
-        ranks: Ranks,
-        sigma_rel: float,
-        t: int | None,
-        sink: Sink,
-        wanted: Mapping[str, Sequence[Box]] | None,
-        calculation_dtype: torch.dtype | None,
-    ) -> None:
-        """Collective where ranks are several: wait for what each has queued, then stream rank 0's view of the run."""
-        dtype = self._calculation_dtype if calculation_dtype is None else _sum_dtype(calculation_dtype)
+    def _training(self, model: nn.Module | None) -> Session:
+        """The session, to average in; collective if there is none yet."""
+        if self._closed:
+            raise SettingsError("this PostHocEMA is closed; make a new one with resume=True to go on.")
+        if self._borrowed:
+            raise SettingsError("an update inside `with ema.model(...)` would average an average; make it outside.")
         if self._session is not None:
-            _check_same_t(ranks, self._session, closed=self._closed)
+            return self._session
+        model = self._model if model is None else model
+        if model is None:
+            raise SettingsError("update_ needs a model: pass it here, or to from_path.")
+        return self._begin(model, join(self._group), self._resume)
 
-        def look() -> tuple[RunInfo, Recipe]:
-            run = runs.open_run(self._store)
-            recipes = plan(run, [sigma_rel], t)
-            announce(recipes)
-            return run.info, recipes[0]
+    def _wanted(self, ranks: Ranks, sigma_rel: float, t: int | None, dtype: torch.dtype | None) -> evaluation.Wanted:
+        """Collective on an object that trains: what is asked for, once all that was queued is stored."""
+        dtype = self._calculation_dtype if dtype is None else _sum_dtype(dtype)
+        if self._session is not None:
+            self._session.writer.fence()
+            evaluation.check_same_t(ranks, self._session, closed=self._closed)
+        return evaluation.Wanted(sigma_rel, t, dtype)
 
-        @once_more  # on all ranks, as they raise together
-        def read() -> None:
-            info, recipe = ranks.on_first(look)
-            ranks.each(lambda: stream(self._store, info, [recipe], sink, wanted=wanted, calculation_dtype=dtype))
-
-        read()
+    def _end(self) -> None:
+        self._closed = True
+        if self._attachment is not None:
+            self._attachment.remove()
 
 
 _SECONDS_AFTER_ERROR = 10.0
-
-
-def _check_same_t(ranks: Ranks, session: Session, *, closed: bool) -> None:
-    """Collective: wait until each rank has stored what it queued, and compare their clocks."""
-
-    def settle() -> int:
-        if not closed:
-            session.writer.drain()
-        return session.t
-
-    ts = ranks.together(settle)
-    if len(set(ts)) > 1:
-        raise SettingsError(
-            f"update_ must be called on every rank with the same t; their last ones are {ts}. Snapshots of ranks that "
-            "disagree are never complete."
-        )
 
 
 def _floats(sigma_rels: Sequence[float] | None) -> tuple[float, ...] | None:

@@ -14,10 +14,11 @@ ORDER = [
     "errors", "profile", "schedule", "shard", "ranks",
     "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
     "storage.run",
-    "training.layout", "training.ownership", "training.staging", "training.tracker", "training.writer",
-    "training.session", "training.swap",
+    "training.wrappers", "training.layout", "training.ownership", "training.device", "training.staging", "training.tracker",
+    "training.buffers", "training.writer",
+    "training.session", "training.attach", "training.state", "training.swap",
     "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.consolidate",
-    "plot", "ema", "cli",
+    "plot", "evaluation", "ema", "cli",
 ]  # fmt: skip
 EXEMPT = {"__init__", "__main__", "storage.__init__", "training.__init__", "synthesis.__init__"}
 OWNERS = {
@@ -30,7 +31,7 @@ OWNERS = {
     "tqdm": {"cli"},
     "concurrent": {"synthesis.stream"},
     "pickle": set(),
-    "torch.distributed": {"ranks", "training.layout", "ema"},
+    "torch.distributed": {"ranks", "training.wrappers", "training.state", "ema"},
 }
 
 
@@ -90,6 +91,13 @@ def test_collectives_are_called_in_ranks_only() -> None:
         calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
         called = {function.attr for function in calls if isinstance(function, ast.Attribute)}
         assert name == "ranks" or not called & collectives, f"{name} calls {called & collectives}"
+
+
+def test_streams_events_and_pinned_memory_are_known_in_one_place() -> None:
+    for name, tree in modules():
+        code = ast.unparse(tree)
+        for word in ("torch.Stream", "torch.Event", "torch.cuda", "torch.accelerator", "pin_memory"):
+            assert word not in code or name == "training.device", f"{name} knows of {word}"
 
 
 def test_modules_stay_readable() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from phema_dist import (
@@ -299,7 +300,7 @@ def test_a_changed_model_is_an_error_that_names_the_tensor(tmp_path: Path) -> No
     ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1)
     ema.update_(model)
     model[1].weight = nn.Parameter(torch.zeros(1, 3))
-    with pytest.raises(LayoutError, match=r"1\.weight must stay .*\(3, 3\).*found torch.float32 \(1, 3\)"):
+    with pytest.raises(LayoutError, match=r"1\.weight must stay .*\(3, 3\).*found Parameter torch.float32 \(1, 3\)"):
         ema.update_(model)
     with pytest.raises(LayoutError, match=r"2\.weight is not in the run and \(3, 3\) in the model"):
         ema.update_(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)))
@@ -470,21 +471,82 @@ def test_large_values_are_not_taken_for_infinities(tmp_path: Path) -> None:
     assert synthesize(tmp_path / "run", [0.05])[0].state_dict["weight"].eq(1e38).all()
 
 
-def test_an_average_beyond_float16_is_refused_not_stored_as_infinity(tmp_path: Path) -> None:
-    model = nn.Linear(4, 4)
-    ema = PostHocEMA.from_model(
-        model, tmp_path / "run", update_every=1, checkpoint_every=1, checkpoint_dtype=torch.float16
-    )
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 1e6), (torch.bfloat16, 3.4e38)])
+def test_an_average_beyond_the_checkpoint_dtype_is_stored_as_float32_and_noted(
+    dtype: torch.dtype, value: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1, checkpoint_dtype=dtype)
     ema.update_(model)
     ema._session.writer.drain()
     with torch.no_grad():
-        model.weight.fill_(1e6)
+        model[1].weight.fill_(value)
     ema.update_(model)
-    with pytest.raises(BackgroundError, match=r"last snapshot could not be stored: t=2: .*range of float16"):
+    ema._session.writer.drain()
+    ema.update_(model)
+    ema.close()
+    noted = [message for message in caplog.messages if "exceeds the range" in message]
+    assert len(noted) == 1
+    assert "1.weight" in noted[0]
+    newest = next((tmp_path / "run").glob("snapshots/*3-a0/sigma_rel-0.28/*.safetensors"))
+    stored = {name: tensor.dtype for name, tensor in load_file(newest).items()}
+    assert stored == {"0.weight": dtype, "0.bias": dtype, "1.weight": torch.float32, "1.bias": dtype}
+    for t in (1, 2, 3):
+        (found,) = synthesize(tmp_path / "run", [0.28], t=t)
+        assert all(bool(tensor.isfinite().all()) for tensor in found.state_dict.values())
+    expected = ema._session.tracker.boxes()[1]["1.weight"][0][1]
+    assert torch.equal(found.state_dict["1.weight"], expected)
+
+
+def test_doubling_the_batch_and_changing_the_cadence_keep_the_width(tmp_path: Path) -> None:
+    """The parameters are t and t squared, so an average shows the mean and the width of its own profile."""
+    model = nn.Linear(2, 1, bias=False).double()
+    last, images, step, first = 128_000, 0, 0, True
+    for upto, batch, update_every in ((last // 2, 64, 3), (last, 128, 1)):
+        ema = PostHocEMA.from_model(
+            model, tmp_path / "run", sigma_rels=(0.05, 0.28), update_every=update_every, checkpoint_every=50,
+            resume=not first, t_unit="images",
+        )  # fmt: skip
+        while images < upto:
+            images, step = images + batch, step + 1
+            with torch.no_grad():
+                model.weight.copy_(torch.tensor([[images, images**2]], dtype=torch.float64))
+            ema.update_(model, t=images)
+            if step % 50 == 0:
+                ema._session.writer.drain()
         ema.close()
-    run = open_run(open_store(tmp_path / "run"))
-    assert [s.t for s in run.complete] == [1]
-    assert "exceeds the range of float16" in str(run.snapshots[-1].problem)
+        first = False
+    for sigma_rel in (0.05, 0.08, 0.12, 0.2, 0.28):
+        (found,) = synthesize(tmp_path / "run", [sigma_rel], calculation_dtype=torch.float64)
+        assert found.t == last
+        mean, mean_square = found.state_dict["weight"][0].tolist()
+        assert math.sqrt(mean_square - mean**2) / last == pytest.approx(sigma_rel, rel=0.02)
+
+
+def test_steps_that_diverged_leave_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Parameters are NaN from step 500 to 510: as if no update had been made there."""
+    found = []
+    for name in ("diverged", "nothing"):
+        model = nn.Linear(3, 2, bias=False)
+        generator = torch.Generator().manual_seed(0)
+        ema = PostHocEMA.from_model(model, tmp_path / name, update_every=1, checkpoint_every=499)
+        for t in range(1, 701):
+            values = torch.randn(2, 3, generator=generator) + t / 100
+            bad = 500 <= t <= 510
+            with torch.no_grad():
+                model.weight.copy_(torch.full((2, 3), torch.nan) if bad else values)
+            if name == "diverged" or not bad:
+                ema.update_(model, t=t)
+        ema.close()
+        found.append(synthesize(tmp_path / name, [0.05, 0.12, 0.28]))
+        assert ema._session.tracker.num_refused == (11 if name == "diverged" else 0)
+    for one, other in zip(*found, strict=True):
+        assert one.state_dict.keys() == other.state_dict.keys()
+        assert bool(one.state_dict["weight"].isfinite().all())
+        assert all(torch.equal(one.state_dict[key], other.state_dict[key]) for key in one.state_dict)
+    told = [message for message in caplog.messages if "not finite" in message or "finite again" in message]
+    assert [message.split(", ", 2)[-1].split(":")[0] for message in told] == ["t=500", "t=511"]
+    assert "11 updates" in told[1]
 
 
 def test_retention_keeps_the_number_asked_for_and_never_the_last_ones_only(tmp_path: Path) -> None:
@@ -586,7 +648,8 @@ def test_host_memory_is_what_is_promised(tmp_path: Path) -> None:
     writer, elements = ema._session.writer, 1_000_000
     assert sum(flat.nbytes for average in ema._session.tracker.averages for flat in average) == 2 * 4 * elements
     assert sum(flat.nbytes for slot in writer._staging.slots for flat in slot) == 2 * 2 * elements
-    assert sum(len(image.buffer) for image in writer._images) == pytest.approx(2 * 2 * elements, rel=0.01)
+    images = [image for files in writer._buffers.files for image in files]
+    assert sum(len(image.buffer) for image in images) == pytest.approx(2 * 2 * elements, rel=0.01)
     ema.close()
 
 

@@ -14,6 +14,8 @@ from phema_dist.cli import main
 README = Path(__file__).parents[1] / "README.md"
 
 
+# dcp says so whenever there is no process group.
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")
 @pytest.mark.s3
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url: Target, s3_server: S3Server) -> None:
     monkeypatch.chdir(tmp_path)
@@ -24,12 +26,13 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
     text = README.read_text().replace("s3://bucket/run", s3_url[0]).replace("https://...", s3_server.endpoint)
 
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
     names = {
         "torch": torch,
         "model": model,
+        "model_state": model.state_dict(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "batches": [torch.randn(8, 4) for _ in range(50)],
         "images_seen": 64,
@@ -39,9 +42,13 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
     exec(before_the_first_snapshot, names)  # noqa: S102
     for t in range(100, 2000, 100):
         names["ema"].update_(model, t=t)  # type: ignore[attr-defined]
+    exec(blocks[2], names)  # noqa: S102
+    assert names["ema"].t == 1900  # type: ignore[attr-defined]
+    for t in range(2000, 3000, 100):
+        names["ema"].update_(model, t=t)  # type: ignore[attr-defined]
     names["ema"].close()  # type: ignore[attr-defined]
     exec(f"with ema.state_dict{afterwards}", names)  # noqa: S102
-    exec(blocks[2], names)  # noqa: S102
+    exec(blocks[3], names)  # noqa: S102
 
     commands = [line.partition("#")[0] for line in text.splitlines() if line.startswith("phema ")]
     assert len(commands) == 3

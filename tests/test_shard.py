@@ -1,21 +1,31 @@
 """Boxes: what is cut can be put together again, and every element gets exactly one owner."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import prod
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phema_dist import shard
 from phema_dist.errors import LayoutError
 from phema_dist.shard import (
+    PRIME,
     Box,
-    Held,
+    boxes_of,
     check_exact_cover,
+    cut_rows,
+    distinct,
+    fill_levels,
+    fingerprints,
     flat_range_to_boxes,
     flat_span,
     intersect,
-    share_out,
+    offsets_and_sizes,
+    scramble,
+    table_of,
     whole,
 )
 
@@ -74,10 +84,12 @@ def test_the_intersection_holds_what_both_boxes_hold(data: st.DataObject) -> Non
 def test_only_an_exact_cover_passes(data: st.DataObject) -> None:
     shape = data.draw(shapes)
     boxes = data.draw(st.lists(boxes_inside(shape), max_size=4))
+    by_fingerprint = patch.object(shard, "_FEW_BOXES", data.draw(st.sampled_from([0, 16])))
     if (marked(boxes, shape) == 1).all():
-        check_exact_cover("w", shape, boxes)
+        with by_fingerprint:
+            check_exact_cover("w", shape, boxes)
     else:
-        with pytest.raises(LayoutError, match="w "):
+        with by_fingerprint, pytest.raises(LayoutError, match="w "):
             check_exact_cover("w", shape, boxes)
 
 
@@ -106,78 +118,117 @@ def test_rows_that_no_rank_holds_are_counted() -> None:
         check_exact_cover("w", (4, 2), [Box((0, 0), (2, 2))])
 
 
+# -- millions of boxes
+
+
+def test_many_boxes_cover_as_few_do_and_fail_alike() -> None:
+    columns = [Box((0, 3 * i), (7, 3)) for i in range(300)]
+    check_exact_cover("w", (7, 900), columns)
+    for wrong, message in [
+        (columns[:99] + columns[100:], "21 of 6300 are not"),
+        ([*columns[1:], Box((0, 0), (7, 4))], "overlap"),  # one column twice
+        ([*columns[1:], Box((0, 1), (7, 3))], "overlap"),  # with the right volume
+        ([*columns[:-1], Box((0, 898), (7, 3))], "outside"),
+    ]:
+        with pytest.raises(LayoutError, match=message):
+            check_exact_cover("w", (7, 900), wrong)
+
+
 @st.composite
-def held_by_groups(draw: st.DrawFn, groups: list[tuple[int, ...]]) -> list[Held]:
-    """Tensors of 0 to 3 dims, each cut along dim 0 into shards that some of the groups hold."""
-    held = []
-    for tensor in range(draw(st.integers(0, 6))):
-        shape = draw(st.lists(st.integers(0, 30), max_size=3).map(tuple))
-        itemsize = draw(st.sampled_from([2, 4, 8]))
-        cuts = [0, *sorted(draw(st.lists(st.integers(0, shape[0]), max_size=2))), shape[0]] if shape else [0, 1]
-        for first, last in pairwise(cuts):
-            held.append(Held(tensor, whole(shape).rows(first, last), itemsize, draw(st.sampled_from(groups))))
-    return held
+def tables(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], list[tuple[int, Box]]]:
+    """Shapes of some tensors, and boxes of them."""
+    all_shapes = draw(st.lists(shapes, min_size=1, max_size=4))
+    indices = draw(st.lists(st.integers(0, len(all_shapes) - 1), max_size=12))
+    return all_shapes, [(i, draw(boxes_inside(all_shapes[i]))) for i in indices]
 
 
-def bytes_of(held: list[Held]) -> int:
-    return sum(item.box.numel * item.itemsize for item in held)
+@given(tables())
+def test_a_table_gives_its_boxes_back_in_order(drawn: tuple[list[tuple[int, ...]], list[tuple[int, Box]]]) -> None:
+    all_shapes, boxes = drawn
+    table = table_of(boxes, max(map(len, all_shapes)))
+    assert table.dtype == np.int64
+    assert boxes_of(table, all_shapes) == sorted(boxes)
 
 
-def largest_row(held: list[Held]) -> int:
-    return max((item.box.numel * item.itemsize // item.box.num_rows for item in held if item.box.numel), default=0)
+@given(tables(), st.data())
+def test_each_box_is_found_once_with_all_its_origins(
+    drawn: tuple[list[tuple[int, ...]], list[tuple[int, Box]]], data: st.DataObject
+) -> None:
+    all_shapes, boxes = drawn
+    told = [data.draw(st.sets(st.sampled_from(boxes))) if boxes else set() for _ in range(3)]
+    parts = [table_of(part, max(map(len, all_shapes))) for part in told]
+    origin = np.repeat(np.arange(3), [len(part) for part in told])
+    table, prints, origins, begins = distinct(np.concatenate(parts, axis=1), origin)
+    found = zip(boxes_of(table, all_shapes), np.split(origins, begins)[1:], strict=True)
+    wanted = {box: [k for k in range(3) if box in told[k]] for box in set().union(*told)}
+    assert {box: by.tolist() for box, by in found} == wanted
+    assert len(prints) == len(wanted)
 
 
-# The groups that meshes and stages make: disjoint, or one inside the other.
-NESTED = [(0,), (1,), (2,), (3,), (0, 1), (2, 3), (0, 1, 2, 3)]
+def random_number(dim: int, position: int) -> int:
+    """Splitmix64, in Python's integers."""
+    bits = (position + (dim << 48)) * 0x9E3779B97F4A7C15 % 2**64
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+    return bits ^ bits >> 31
 
 
-@given(held_by_groups(NESTED))
-def test_every_element_gets_one_owner_among_the_ranks_that_hold_it(held: list[Held]) -> None:
-    owned = share_out(held, 4)
-    for item in held:
-        if not item.box.numel:
-            continue
-        parts = []
-        for rank, boxes in enumerate(owned):
-            mine = [box for tensor, box in boxes if tensor == item.tensor and intersect(box, item.box)]
-            assert len(mine) <= (rank in item.ranks)  # one run of rows at most: one box of a tensor in a file
-            parts += mine
-        moved = [Box(tuple(a - b for a, b in zip(p.offsets, item.box.offsets, strict=True)), p.sizes) for p in parts]
-        check_exact_cover("item", item.box.sizes, moved)
+@given(st.data())
+def test_a_fingerprint_is_the_sum_over_elements_of_products_of_random_numbers(data: st.DataObject) -> None:
+    shape = data.draw(shapes)
+    box = data.draw(boxes_inside(shape))
+    total = sum(
+        prod(random_number(dim, i + 1) - random_number(dim, i) for dim, i in enumerate(element))
+        for element in np.argwhere(marked([box], shape)).tolist()
+    )
+    assert fingerprints(*offsets_and_sizes(table_of([(0, box)], len(shape)))).tolist() == [total % PRIME]
 
 
-@given(held_by_groups([(0,), (1,), (2,), (0, 1, 2)]))
-def test_no_rank_gets_more_than_it_alone_holds_or_the_mean_and_a_row(held: list[Held]) -> None:
-    owned = share_out(held, 3)
-    itemsize = {item.tensor: item.itemsize for item in held}
-    mean = bytes_of(held) / 3
-    for rank, boxes in enumerate(owned):
-        alone = bytes_of([item for item in held if item.ranks == (rank,)])
-        assert sum(box.numel * itemsize[tensor] for tensor, box in boxes) <= max(alone, mean) + largest_row(held)
+def test_fingerprints_are_exact_for_large_numbers() -> None:
+    sizes = [2**40 - 1, 2**47 + 12345, 3, 2**20]
+    offsets = [2**40, 2**46 + 999, 0, 7]
+    wanted = prod(random_number(d, o + n) - random_number(d, o) for d, (o, n) in enumerate(zip(offsets, sizes)))  # noqa: B905
+    assert fingerprints(np.array(offsets)[:, None], np.array(sizes)[:, None]).tolist() == [wanted % PRIME]
 
 
-@given(held_by_groups(NESTED))
-def test_nested_groups_are_levelled_as_far_as_their_members_allow(held: list[Held]) -> None:
-    owned = share_out(held, 4)
-    itemsize = {item.tensor: item.itemsize for item in held}
-    for rank, boxes in enumerate(owned):
-        # What only the members of a group hold, they must own: no sharing can give a rank less than the mean of it.
-        least = max(
-            bytes_of([item for item in held if set(item.ranks) <= set(group)]) / len(group)
-            for group in NESTED
-            if rank in group
-        )
-        assert sum(box.numel * itemsize[tensor] for tensor, box in boxes) <= least + 2 * largest_row(held)
+def test_fingerprints_of_many_boxes_and_dimensions_differ() -> None:
+    boxes = [(i, j, k) for i in range(40) for j in range(40) for k in range(40)]
+    offsets = np.array(boxes).T
+    for sizes in (np.ones_like(offsets), offsets + 1, offsets[::-1] + 1):
+        assert len(np.unique(fingerprints(offsets, sizes))) == len(boxes)
+    assert len(np.unique(scramble(np.arange(10**6), 3))) == 10**6
 
 
-def test_replicas_are_shared_evenly_in_order() -> None:
-    held = [Held(0, whole((6, 10)), 4, (0, 1, 2)), Held(1, whole((3, 10)), 4, (0, 1, 2))]
-    assert share_out(held, 3) == [
-        [(0, Box((0, 0), (3, 10)))],
-        [(0, Box((3, 0), (3, 10)))],
-        [(1, Box((0, 0), (3, 10)))],
-    ]
+# -- who gets how much
 
 
-def test_a_tensor_without_elements_has_an_owner_too() -> None:
-    assert share_out([Held(0, whole((0, 7)), 4, (0, 1))], 2) == [[(0, whole((0, 7)))], []]
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(0, 200))
+def test_water_that_is_poured_drop_by_drop_finds_the_same_level(loads: list[int], amount: int) -> None:
+    poured = list(loads)
+    for _ in range(amount):
+        poured[poured.index(min(poured))] += 1
+    ends = fill_levels(loads, amount)
+    shares = np.diff(ends, prepend=0)
+    assert ends[-1] == amount
+    assert (shares >= 0).all()
+    # Drops are whole, so a level is a drop off at most where it does not come out even.
+    assert np.abs(loads + shares - np.array(poured)).max() <= 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=1, max_size=5), st.data())
+def test_cuts_go_to_the_nearest_row(items: list[tuple[int, int]], data: st.DataObject) -> None:
+    num_rows, row_bytes = np.array(items).T
+    total = int((num_rows * row_bytes).sum())
+    ends = [0, *sorted(data.draw(st.lists(st.integers(0, total), max_size=4))), total]
+    rows = [(i, row, size) for i, (count, size) in enumerate(items) for row in range(count)]
+    edges = [0, *accumulate(size for _, _, size in rows)]
+    given_out = []
+    for start, stop in pairwise(ends):
+        first, last = cut_rows(num_rows, row_bytes, start, stop)
+        mine = [(i, row) for i in range(len(items)) for row in range(first[i], last[i])]
+        given_out += mine
+        size = sum(row_bytes[i] for i, _ in mine)
+        at = sum(row_bytes[i] for i, _ in given_out)  # where this share ends
+        assert abs(at - stop) == min(abs(edge - stop) for edge in edges)
+        assert size <= stop - start + max(row_bytes)
+    assert given_out == [(i, row) for i, row, _ in rows]  # each row once, in order

@@ -59,7 +59,13 @@ def write_run(
     values: Values = {}
     parent = None
     for t, owned in layouts:
-        attempt = runs.start_attempt(store, len(owned), len(list((path / "attempts").glob("*"))), parent)
+        attempt = runs.start_attempt(
+            store,
+            len(owned),
+            number=len(list((path / "attempts").glob("*"))),
+            parent=parent.attempt if parent else None,
+            t=parent.t if parent else 0,
+        )
         for sigma_rel in SIGMA_RELS:
             generator = torch.Generator().manual_seed(t + int(1000 * sigma_rel))
             values[sigma_rel, t] = {
@@ -68,12 +74,9 @@ def write_run(
         for rank, boxes in enumerate(owned):
             images = []
             for sigma_rel in SIGMA_RELS if boxes else ():
-                image = Image([(dtype, boxes)])
-                position = 0
-                for name, box in boxes:
-                    part = values[sigma_rel, t][name][box.relative_to(whole(SHAPES[name]))]
-                    image.data[0][position : position + box.numel] = part.reshape(-1)
-                    position += box.numel
+                image = Image([(fqn, dtype, box) for fqn, box in boxes])
+                for (name, box), view in zip(boxes, image.views, strict=True):
+                    view.copy_(values[sigma_rel, t][name][box.relative_to(whole(SHAPES[name]))])
                 images.append((shard_name(sigma_rel, rank), sigma_rel, image))
             manifest = Manifest(
                 FORMAT, t, attempt.number, attempt.token, rank, len(owned), t, ((t, t),), DTYPE_NAMES[dtype],

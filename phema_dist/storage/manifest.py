@@ -111,9 +111,12 @@ def manifest_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.json"
 
 
-def shard_name(sigma_rel: float, rank: int) -> str:
-    """The file of a rank's part of one profile, inside the snapshot."""
-    return f"sigma_rel-{sigma_rel!r}/rank-{rank:05d}.safetensors"
+def shard_name(sigma_rel: float, rank: int, number: int = 0) -> str:
+    """A file of a rank's part of one profile, inside the snapshot.
+
+    There are several, by `number`, if the part has several boxes of one tensor: a file holds each tensor once.
+    """
+    return f"sigma_rel-{sigma_rel!r}/rank-{rank:05d}{f'.{number}' if number else ''}.safetensors"
 
 
 def to_json(facts: object) -> bytes:

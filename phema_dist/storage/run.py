@@ -132,11 +132,10 @@ def create_run(store: Store, info: RunInfo) -> None:
         raise RunError(f"{store.url} has just become the run of another job; give each job its own folder.") from error
 
 
-def start_attempt(store: Store, world_size: int, number: int, parent: Snapshot | None) -> Attempt:
-    """Begin an attempt that continues from `parent`, with a number from `number` on; no two starters get the same."""
+def start_attempt(store: Store, world_size: int, number: int, parent: int | None, t: int) -> Attempt:
+    """Begin an attempt that continues attempt `parent` from t, numbered from `number` on; no two starters share one."""
     while True:
-        continues, t = (parent.attempt, parent.t) if parent else (None, 0)
-        attempt = Attempt(number, continues, t, world_size, secrets.token_hex(8))
+        attempt = Attempt(number, parent, t, world_size, secrets.token_hex(8))
         try:
             store.put(attempt_key(number), to_json(attempt))
         except KeyExistsError:

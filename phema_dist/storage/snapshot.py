@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ AVERAGE_DTYPES = {
     torch.float64: torch.float64,
     torch.complex64: torch.complex64,
 }
+# Rounding to nearest errs by at most half a unit in the last place, this much of the number.
+HALF_ULP = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 _ALIGNMENT = 64  # of the data in the file, so that it can be viewed as any dtype
 
 
@@ -57,32 +60,30 @@ class Entry:
 class Image:
     """A whole shard file in memory, reused for every snapshot.
 
-    `groups` are the boxes of each segment, in order, with one dtype; `data[g]` is group g's flat, writable part.
+    `boxes` are what it holds, each tensor once; `views` are their writable data, row-major, in the order given.
     """
 
-    def __init__(self, groups: Sequence[tuple[torch.dtype, Sequence[tuple[str, Box]]]]) -> None:
-        entries: list[Entry] = []
-        starts = [0] * len(groups)
+    def __init__(self, boxes: Sequence[tuple[str, torch.dtype, Box]]) -> None:
+        entries: dict[int, Entry] = {}
         position = 0
-        # Wide elements first: then each group starts at a multiple of its element, without padding.
-        for g in sorted(range(len(groups)), key=lambda g: -groups[g][0].itemsize):
-            dtype, boxes = groups[g]
-            starts[g] = position
-            for fqn, box in boxes:
-                stop = position + box.numel * dtype.itemsize
-                entries.append(Entry(fqn, dtype, box, position, stop))
-                position = stop
-        header = _build_header(entries)
+        # Wide elements first: then each begins at a multiple of its element, without padding.
+        for i in sorted(range(len(boxes)), key=lambda i: -boxes[i][1].itemsize):
+            fqn, dtype, box = boxes[i]
+            stop = position + box.numel * dtype.itemsize
+            entries[i] = Entry(fqn, dtype, box, position, stop)
+            position = stop
+        header = _build_header(list(entries.values()))
         self.header_bytes = len(header)
         self.buffer = bytearray(len(header) + position)
         self.buffer[: len(header)] = header
-        sizes = [sum(box.numel for _, box in boxes) for _, boxes in groups]
-        self.data = [
-            torch.frombuffer(self.buffer, dtype=dtype, count=size, offset=len(header) + start)
-            if size
-            else torch.empty(0, dtype=dtype, device="cpu")
-            for (dtype, _), size, start in zip(groups, sizes, starts, strict=True)
-        ]
+        self.views = [self._view(entries[i]) for i in range(len(boxes))]
+
+    def _view(self, entry: Entry) -> torch.Tensor:
+        if not entry.box.numel:
+            return torch.empty(entry.box.sizes, dtype=entry.dtype, device="cpu")
+        start = self.header_bytes + entry.start
+        flat = torch.frombuffer(self.buffer, dtype=entry.dtype, count=entry.box.numel, offset=start)
+        return flat.view(entry.box.sizes)
 
     def checksums(self) -> tuple[str, ...]:
         """xxh3-64 of the header, then of each block of the data."""
@@ -90,6 +91,24 @@ class Image:
         starts = range(self.header_bytes, len(view), BLOCK_BYTES)
         parts = [view[: self.header_bytes], *(view[start : start + BLOCK_BYTES] for start in starts)]
         return tuple(xxhash.xxh3_64_hexdigest(part) for part in parts)
+
+
+def make_images(boxes: Sequence[tuple[str, torch.dtype, Box]]) -> tuple[list[Image], list[torch.Tensor]]:
+    """One rank's part of a profile as files, and the data of each box, in the order given.
+
+    A safetensors file has a tensor once. Where FSDP1 cuts a tensor into several boxes, the second go to a second file.
+    """
+    numbers: list[int] = []
+    seen: Counter[str] = Counter()
+    for fqn, _, _ in boxes:
+        numbers.append(seen[fqn])
+        seen[fqn] += 1
+    images = [
+        Image([box for box, number in zip(boxes, numbers, strict=True) if number == n])
+        for n in range(max(numbers, default=-1) + 1)
+    ]
+    views = [iter(image.views) for image in images]
+    return images, [next(views[number]) for number in numbers]
 
 
 def write_snapshot(store: Store, manifest: Manifest, images: Sequence[tuple[str, float, Image]]) -> int:

@@ -16,7 +16,7 @@ import tenacity
 import torch
 
 from phema_dist.errors import KeyMissingError, SettingsError
-from phema_dist.shard import Box, flat_span, whole
+from phema_dist.shard import Box, flat_span, intersect, whole
 from phema_dist.storage.manifest import PARAMETER
 from phema_dist.storage.run import open_run
 from phema_dist.storage.snapshot import DTYPE_NAMES, encode_header
@@ -141,10 +141,15 @@ def empty_state(info: RunInfo) -> dict[str, torch.Tensor]:
 
 def fill_states(states: Sequence[Mapping[str, torch.Tensor]]) -> Sink:
     """A sink that puts what is streamed into one state dict per target."""
+    return fill_boxes([{fqn: [(whole(t.shape), t)] for fqn, t in state.items()} for state in states])
+
+
+def fill_boxes(targets: Sequence[Mapping[str, Sequence[tuple[Box, torch.Tensor]]]]) -> Sink:
+    """A sink that puts what is streamed where it belongs: for each target, the boxes of each tensor and their data."""
 
     def fill(k: int, fqn: str, box: Box, values: torch.Tensor) -> None:
-        tensor = states[k][fqn]
-        tensor[box.relative_to(whole(tensor.shape))].copy_(values)
+        held, tensor = next(pair for pair in targets[k][fqn] if intersect(box, pair[0]) == box)
+        tensor[box.relative_to(held)].copy_(values)
 
     return fill
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from phema_dist import profile
 from phema_dist.errors import SnapshotError
 from phema_dist.profile import PowerProfile, UpdateHistory
+from phema_dist.storage.snapshot import HALF_ULP
 
 if TYPE_CHECKING:
     from phema_dist.storage.run import Run, Snapshot
@@ -142,9 +143,5 @@ def announce(recipes: Sequence[Recipe]) -> None:
         _log.warning("left out an incomplete snapshot, %s", left_out)
 
 
-# Rounding to nearest errs by at most half a unit in the last place, this much of the number, and evenly below that.
-_HALF_ULP = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
-
-
 def _rounding(snapshot: Snapshot) -> float:
-    return _HALF_ULP[snapshot.manifests[0].dtype] / math.sqrt(3)
+    return HALF_ULP[snapshot.manifests[0].dtype] / math.sqrt(3)  # errors lie evenly between 0 and that

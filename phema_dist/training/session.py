@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from phema_dist.errors import RunError, SettingsError, StorageError
 from phema_dist.profile import UpdateHistory, sigma_rel_to_gamma
 from phema_dist.storage import run as runs
 from phema_dist.storage.manifest import FORMAT, Attempt, RunInfo, TensorFacts, attempt_key, from_json
-from phema_dist.storage.snapshot import DTYPE_NAMES
+from phema_dist.storage.snapshot import DTYPE_NAMES, HALF_ULP
 from phema_dist.training.layout import Layout, read_layout, select
 from phema_dist.training.ownership import Ownership, Piece, agree
 from phema_dist.training.staging import segments
@@ -46,6 +46,7 @@ class Settings:
     only_save_diff: bool = False
     update_after_step: int = 0
     t_unit: str = "steps"
+    prefix: str = ""  # this rank's own
 
     def __post_init__(self) -> None:
         least = {"max_checkpoints": 1, "update_every": 1, "checkpoint_every": 1, "update_after_step": 0}
@@ -79,6 +80,21 @@ class Found:
     next_attempt: int
 
 
+@dataclass(frozen=True)
+class Clock:
+    """Where the averages stand: time, cadence and history, and the attempt that brought them there."""
+
+    format: int
+    sigma_rels: tuple[float, ...]
+    origin: int
+    t: int
+    calls: int
+    last_update: int  # from the origin
+    updates: tuple[tuple[int, int], ...]
+    attempt: int
+    token: str
+
+
 class Session:
     """What one rank needs while training; made by `begin`.
 
@@ -90,13 +106,25 @@ class Session:
     ) -> None:
         self.info, self.parent, self.t = found.info, found.parent, 0
         self._calls, self._settings, self._origin = 0, settings, found.info.origin
-        self._model = model
-        self._shapes = {tensor.info.fqn: tensor.info.shape for tensor in layout.tensors}
+        self._model, self._layout = model, layout
+        self._shapes = {fqn: info.shape for fqn, info in layout.infos.items()}
         self.segments = segments(ownership.pieces)
         self._pieces = [segment.pieces for segment in self.segments]
         self.tracker = Tracker(self.segments, found.info.sigma_rels)
         self._last_time = 0  # of the last update, from the origin; the averages may have refused it
+        self._counted = True  # t is the number of calls
+        self._skips: torch.Tensor | None = None  # rounds of `attach` that proved to be no steps, counted on the device
         self.writer = Writer(self.segments, self.tracker, settings.checkpoint_dtype)
+
+    @property
+    def num_skipped(self) -> int:
+        """Rounds of `attach` that `t` counts and that were no steps; waits for the device."""
+        return int(self._skips[0]) if self._counted and self._skips is not None else 0
+
+    def start(self, place: Place) -> None:
+        """Begin to average."""
+        self.place = place
+        self.writer.start(place)
 
     def restored(self) -> None:
         """Go on from `parent`, whose averages are now in the tracker."""
@@ -105,32 +133,61 @@ class Session:
         self.t, self._calls, self._last_time = manifest.t, manifest.calls, manifest.t - self._origin
         self.tracker.restore(UpdateHistory(manifest.updates))
 
-    def update(self, model: nn.Module | None, t: int | None) -> None:
-        """Count a call, and hand the parameters to the writer if an update is due; on the training thread."""
+    def settle(self) -> Clock:
+        """Wait until all updates are in the averages, and say where they stand."""
+        self.writer.settle()
+        attempt = self.place.attempt
+        return Clock(
+            FORMAT, self.info.sigma_rels, self._origin, self.t - self.num_skipped, self._calls, self._last_time,
+            self.tracker.history.knots, attempt.number, attempt.token,
+        )  # fmt: skip
+
+    def go_on_from(self, clock: Clock, ranks: Ranks) -> None:
+        """Collective: go on from averages that were put into the tracker, as a new attempt."""
+        place = self.place
+        attempt = ranks.on_first(lambda: _start_from(place.store, clock, ranks.size))
+        self.t, self._calls, self._last_time = clock.t, clock.calls, clock.last_update
+        if self._skips is not None:
+            self._skips.zero_()
+        self.tracker.restore(UpdateHistory(clock.updates))
+        self.place = replace(place, attempt=attempt)
+        self.writer.go_on(self.place)
+
+    def update(self, model: nn.Module | None, t: int | None, skips: torch.Tensor | None = None) -> None:
+        """Count a call, and hand the parameters to the writer if an update is due; on the training thread.
+
+        `skips` are those of `attach`: of rounds that were no steps, known on the device only. They do not count: the
+        writer, which learns of them later, takes them off a `t` that was counted.
+        """
         now = self.t + 1 if t is None else _integer(t)
         if now <= self.t:
             raise SettingsError(
-                f"t must grow from call to call: got t={now} after t={self.t}. To go on from an earlier moment, make a "
-                f"new PostHocEMA with resume={now}; it continues from the newest snapshot at or before that."
+                f"t must grow from call to call: got t={now} after t={self.t}, where the averages are. To go on from "
+                f"an earlier moment, make a new PostHocEMA with resume={now}, which continues from the newest snapshot "
+                "at or before that, or load the training_state that was saved with the model."
             )
-        self.t, self._calls = now, self._calls + 1
+        self.t, self._calls, self._counted, self._skips = now, self._calls + 1, t is None, skips
         time = now - self._origin
         if time <= 0:
             return
         snapshot = self._calls % self._settings.checkpoint_every == 0
         due = self._calls % self._settings.update_every == 0 and schedule.update_is_due(time, self._last_time)
         if snapshot or due:
-            self.writer.update(self._pieces_of(model), now, self._calls, snapshot=snapshot)
+            pieces = self._pieces_of(model)
+            self._layout.check_unchanged()
+            self.writer.update(pieces, now, self._calls, snapshot=snapshot, counted=t is None, skips=skips)
             self._last_time = time
 
     def _pieces_of(self, model: nn.Module | None) -> list[tuple[Piece, ...]]:
         """The owned pieces in a model that is passed: usually the same one, or the same one less its wrappers."""
         if model is not None and model is not self._model:
             partial = self._settings.only_save_diff
-            layout = select(read_layout(model, among=self._shapes if partial else None), self._shapes, partial=partial)
-            found = {tensor.info.fqn: tensor for tensor in layout.tensors}
+            layout = read_layout(model, among=self._shapes if partial else None, prefix=self._settings.prefix)
+            self._layout = layout = select(layout, self._shapes, partial=partial)
+            found = {(tensor.info.fqn, tensor.box): tensor for tensor in layout.tensors}
             self._pieces = [
-                tuple(Piece(found[piece.info.fqn], piece.box) for piece in pieces) for pieces in self._pieces
+                tuple(Piece(found[piece.info.fqn, piece.source.box], piece.box) for piece in pieces)
+                for pieces in self._pieces
             ]
             self._model = model
         return self._pieces
@@ -150,7 +207,7 @@ def begin(
     Nothing is written before all ranks have their memory and, if they continue, their averages (by `restore`).
     """
     _check_same_settings(ranks, settings, resume=resume)
-    layout = ranks.each(lambda: read_layout(model, only_save_diff=settings.only_save_diff))
+    layout = ranks.each(lambda: read_layout(model, only_save_diff=settings.only_save_diff, prefix=settings.prefix))
     ownership = agree(layout, ranks)
     found = ranks.on_first(lambda: _look(store, ownership, settings, resume=resume))
     session = ranks.each(lambda: Session(model, layout, ownership, settings, found))
@@ -161,7 +218,7 @@ def begin(
         session.t = max(session.t, resume)
     attempt = ranks.on_first(lambda: _start(store, found, ranks.size))
     ranks.each(lambda: _check_same_place(store, attempt))
-    session.writer.start(
+    session.start(
         Place(
             store, attempt, ranks.rank, found.info.sigma_rels, found.info.origin,
             settings.max_checkpoints, settings.checkpoint_every,
@@ -172,7 +229,7 @@ def begin(
 
 def _check_same_settings(ranks: Ranks, settings: Settings, *, resume: bool | int) -> None:
     """Collective: ranks with another cadence or dtype would write snapshots that never become whole."""
-    first, *others = ranks.gather({**vars(settings), "resume": resume})
+    first, *others = ranks.gather({**vars(settings), "prefix": "", "resume": resume})
     for rank, other in enumerate(others, start=1):
         for name, value in first.items():
             if other[name] != value:
@@ -221,17 +278,31 @@ def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool |
     left = [s.t for s in run.abandoned if s.problem is None and t < s.t <= asked and resume is not True]
     if left:
         _log.warning("%s: t=%s was abandoned when an attempt continued from an earlier t", url, left)
+    if parent is not None and (dtype := parent.manifests[0].dtype) != "F32":
+        _log.warning(
+            "%s: going on from averages that were stored as %s, each rounded by up to %.2g of itself; float32 "
+            "snapshots and training_state are exact", url, dtype, HALF_ULP[dtype],
+        )  # fmt: skip
     if t < asked < float("inf"):
         _log.warning(
-            "%s: going on from the snapshot at t=%d; the averages saw nothing of t=%d to %d", url, t, t + 1, asked
-        )
+            "%s: going on from the snapshot at t=%d; the averages saw nothing of t=%d to %d, unless training_state is "
+            "loaded", url, t, t + 1, asked,
+        )  # fmt: skip
 
 
 def _start(store: Store, found: Found, world_size: int) -> Attempt:
     """On rank 0: write down that this job goes on with the run, or begins it."""
     if found.is_new:
         runs.create_run(store, found.info)
-    return runs.start_attempt(store, world_size, found.next_attempt, found.parent)
+    parent, t = (found.parent.attempt, found.parent.t) if found.parent else (None, 0)
+    return runs.start_attempt(store, world_size, found.next_attempt, parent, t)
+
+
+def _start_from(store: Store, clock: Clock, world_size: int) -> Attempt:
+    """On rank 0: write down that this job goes on from a training checkpoint, and which snapshots led to it."""
+    run = runs.open_run(store)
+    known = any((a.number, a.token) == (clock.attempt, clock.token) for a in run.attempts)
+    return runs.start_attempt(store, world_size, run.next_attempt, clock.attempt if known else None, clock.t)
 
 
 def check_sigma_rels(store: Store, info: RunInfo, settings: Settings) -> None:

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from phema_dist.errors import LayoutError
-from phema_dist.training.layout import Layout, reshard
+from phema_dist.shard import intersect
+from phema_dist.training.wrappers import reshard
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
     from phema_dist.shard import Box
+    from phema_dist.training.layout import Layout, LocalTensor
 
 
 @contextmanager
@@ -24,15 +26,18 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Callable
     On any exit the model gets back its parameters, all its buffers and every module's training flag. The own values
     wait in host memory, so the accelerator holds nothing more. Collective on the way in; the way back never is.
     """
-    held = {tensor.info.fqn: tensor for tensor in layout.tensors}
-    reshard(model)
+    held: dict[str, list[LocalTensor]] = {}
+    for tensor in layout.tensors:
+        held.setdefault(tensor.info.fqn, []).append(tensor)
+    ranks.each(lambda: reshard(model))
     backup, buffers = ranks.each(lambda: (_own_parameters(layout), _own_buffers(model)))
     flags = [(module, module.training) for module in model.modules()]
 
     @torch.no_grad()
     def write(fqn: str, box: Box, values: torch.Tensor) -> None:
-        tensor = held[fqn]
-        tensor.local()[box.relative_to(tensor.box)].copy_(values)
+        for tensor in held[fqn]:
+            if intersect(tensor.box, box) == box:
+                tensor.local()[box.relative_to(tensor.box)].copy_(values)
 
     try:
         model.eval()
@@ -44,18 +49,18 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Callable
         for module, name, buffer, _ in buffers:
             module._buffers[name] = buffer  # noqa: SLF001
         with torch.no_grad():
-            for fqn, own in backup.items():
-                held[fqn].local().copy_(own)
+            for tensor, own in backup:
+                tensor.local().copy_(own)
             for _, _, buffer, own in buffers:
                 if not _equal(buffer, own):  # some buffers cannot be written, and then were not
                     buffer.copy_(own)
 
 
 @torch.no_grad()
-def _own_parameters(layout: Layout) -> dict[str, torch.Tensor]:
-    backup = {}
+def _own_parameters(layout: Layout) -> list[tuple[LocalTensor, torch.Tensor]]:
+    backup = []
     for tensor in layout.tensors:
-        if tensor.name not in tensor.module._parameters:  # noqa: SLF001  a buffer, see below
+        if not tensor.is_parameter:  # see below
             continue
         local = tensor.local()
         if local.is_inference() or torch._debug_has_internal_overlap(local) == 1:  # noqa: SLF001
@@ -63,7 +68,7 @@ def _own_parameters(layout: Layout) -> dict[str, torch.Tensor]:
                 f"{tensor.info.fqn} must be writable to hold an average; it is an expanded tensor, or was made in "
                 "inference mode. Replace it by a clone."
             )
-        backup[tensor.info.fqn] = local.to("cpu", copy=True)
+        backup.append((tensor, local.to("cpu", copy=True)))
     return backup
 
 

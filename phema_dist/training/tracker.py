@@ -14,6 +14,7 @@ import torch
 from phema_dist import profile
 
 if TYPE_CHECKING:
+    from phema_dist.shard import Box
     from phema_dist.training.staging import Segment
 
 # Large enough that taking the interpreter lock again after each block does not matter beside a busy training thread
@@ -43,8 +44,17 @@ class Tracker:
         """Time of the last update that was applied, 0 before the first."""
         return self.history.last
 
+    def boxes(self) -> list[dict[str, list[tuple[Box, torch.Tensor]]]]:
+        """For each profile, the averages of each tensor: its boxes here, and views of them to read or to fill."""
+        found: list[dict[str, list[tuple[Box, torch.Tensor]]]] = [{} for _ in self.averages]
+        for held, averages in zip(found, self.averages, strict=True):
+            for segment, flat in zip(self.segments, averages, strict=True):
+                for piece, view in zip(segment.pieces, segment.views(flat), strict=True):
+                    held.setdefault(piece.info.fqn, []).append((piece.box, view))
+        return found
+
     def restore(self, history: profile.UpdateHistory) -> None:
-        """Continue from averages that were written into `averages` from a snapshot."""
+        """Continue from averages that were written into `boxes`."""
         self.history = history
 
     @torch.no_grad()

@@ -24,7 +24,8 @@ from phema_dist import schedule
 from phema_dist.errors import BackgroundError, RunError, StorageError
 from phema_dist.storage import run as runs
 from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Attempt, Manifest, attempt_key, shard_name
-from phema_dist.storage.snapshot import DTYPE_NAMES, Image, write_snapshot
+from phema_dist.storage.snapshot import DTYPE_NAMES, write_snapshot
+from phema_dist.training.buffers import SnapshotBuffers
 from phema_dist.training.staging import NUM_SLOTS, Staging
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Update:
     t: int  # as the user counts it
     calls: int
     snapshot: bool
+    counted: bool  # t is the number of rounds of `attach`, also of those that proved to be no steps
     last: bool = False
 
 
@@ -143,10 +145,11 @@ class Writer:
         self._segments, self._tracker = tuple(segments), tracker
         self._staging = Staging(segments)
         self._dtype = DTYPE_NAMES[checkpoint_dtype or torch.float32]
-        self._images = [_make_image(segments, checkpoint_dtype) for _ in tracker.gammas] if segments else []
+        self._buffers = SnapshotBuffers(segments, tracker, checkpoint_dtype)
         self._known: runs.Known = {}  # what rank 0 has read of the run
         self._told: set[int] = set()  # t of incomplete snapshots that were reported
         self._num_updates = self._snapshot_t = 0
+        self._num_refused = 0  # in a row
         self._last: Update | None = None
         self._unstored: str | None = None  # why the newest snapshot is not in storage
         self._every, self._taken = 1, 0  # of the snapshots that are due, which ones are taken
@@ -158,15 +161,39 @@ class Writer:
         self._storage: Worker[Manifest] = Worker("phema-storage", self._store)
         _open_writers.add(self)
 
-    def update(self, pieces: Sequence[Sequence[Piece]], t: int, calls: int, *, snapshot: bool) -> None:
-        """Copy the model and queue an update at t; waits only while both slots are still being taken in."""
+    def update(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        t: int,
+        calls: int,
+        *,
+        snapshot: bool,
+        counted: bool,
+        skips: torch.Tensor | None,
+    ) -> None:
+        """Begin to copy the model and queue an update at t; waits only while both slots are still being taken in.
+
+        Parameters must not change before the copy is there: see `fence`.
+        """
         self._storage.check()
         self._averages.wait_until_fewer(NUM_SLOTS)
         slot = self._num_updates % NUM_SLOTS
-        self._staging.fill(slot, pieces)
-        self._last = Update(slot, t, calls, snapshot)
+        self._staging.fill(slot, pieces, skips)
+        self._last = Update(slot, t, calls, snapshot, counted)
         self._num_updates += 1
         self._averages.submit(self._last)
+
+    def fence(self) -> None:
+        """Let what the training thread asks of an accelerator from now on wait for the copies; returns at once."""
+        self._staging.fence()
+
+    def settle(self) -> None:
+        """Wait until everything queued is in the averages."""
+        self._averages.wait_until_fewer(1)
+
+    def go_on(self, place: Place) -> None:
+        """Write as another attempt from now on; nothing may be queued."""
+        self._place, self._last, self._snapshot_t, self._unstored = place, None, 0, None
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until everything queued is in the averages and in storage; False after `timeout` seconds."""
@@ -213,13 +240,27 @@ class Writer:
 
     def _apply(self, update: Update) -> None:
         """On the averages thread."""
+        self._staging.wait(update.slot)
         staged = self._staging.slots[update.slot]
+        num_skipped, was_no_step = self._staging.skips(update.slot)
+        if update.counted:
+            update = replace(update, t=update.t - num_skipped)
         t = update.t - self._place.origin
         averaged = [flat for segment, flat in zip(self._segments, staged, strict=True) if segment.averaged]
-        if not update.last and not self._tracker.update(averaged, t):
-            self._warn(update.t, "parameters are not finite and do not enter the averages")
-        if update.snapshot:
+        unchanged = was_no_step and not update.counted  # the user's t grew all the same: only a snapshot needs it
+        due = update.snapshot if unchanged else not update.last
+        if due and t > self._tracker.t:
+            self._tell_refused(update.t, refused=not self._tracker.update(averaged, t))
+        if update.snapshot and update.t > self._snapshot_t:
             self._snapshot(update, staged, None if self._tracker.t == t else "its parameters are not finite")
+
+    def _tell_refused(self, t: int, *, refused: bool) -> None:
+        """Warn at the beginning and at the end of a time in which parameters are not finite."""
+        if refused and not self._num_refused:
+            self._warn(t, "parameters are not finite and do not enter the averages")
+        if not refused and self._num_refused:
+            self._warn(t, f"parameters are finite again; {self._num_refused} updates were left out")
+        self._num_refused = self._num_refused + 1 if refused else 0
 
     def _snapshot(self, update: Update, staged: Sequence[torch.Tensor], refused: str | None) -> None:
         if not update.last and update.calls // self._place.checkpoint_every % self._every:
@@ -236,7 +277,8 @@ class Writer:
         if self._every > 1 and self._taken % _PATIENCE == 0:
             self._every //= 2
         if refused is None:
-            refused = self._fill_images(staged)
+            for fqn in self._buffers.fill(staged):
+                self._warn(update.t, f"{fqn}: an average exceeds the range of {self._dtype}; stored as F32 from now on")
         place = self._place
         manifest = Manifest(
             FORMAT, update.t, place.attempt.number, place.attempt.token, place.rank, place.attempt.world_size,
@@ -259,16 +301,6 @@ class Writer:
     def _warn(self, t: int, text: str) -> None:
         _log.warning("%s, rank %d, t=%d: %s", self._place.store.url, self._place.rank, t, text)
 
-    def _fill_images(self, staged: Sequence[torch.Tensor]) -> str | None:
-        """Copy averages and buffers into the images; says why not if they do not fit."""
-        for image, averages in zip(self._images, self._tracker.averages, strict=False):
-            left = iter(averages)
-            for segment, flat, data in zip(self._segments, staged, image.data, strict=True):
-                data.copy_(next(left) if segment.averaged else flat)
-                if segment.averaged and data.dtype == torch.float16 and not bool(data.isfinite().all()):
-                    return "an average exceeds the range of float16; use bfloat16 or float32 as checkpoint_dtype"
-        return None
-
     def _store(self, manifest: Manifest) -> None:
         """On the storage thread."""
         place = self._place
@@ -276,8 +308,9 @@ class Writer:
             if place.rank == 0:
                 _check_not_superseded(place, runs.newest_attempt(place.store))
             images = [] if manifest.refused else [
-                (shard_name(sigma_rel, place.rank), sigma_rel, image)
-                for sigma_rel, image in zip(place.sigma_rels, self._images, strict=False)
+                (shard_name(sigma_rel, place.rank, number), sigma_rel, image)
+                for sigma_rel, files in zip(place.sigma_rels, self._buffers.files, strict=True)
+                for number, image in enumerate(files)
             ]  # fmt: skip
             write_snapshot(place.store, manifest, images)
         except StorageError as error:
@@ -337,17 +370,6 @@ def _check_not_superseded(place: Place, newest: int) -> None:
             f"{place.store.describe(attempt_key(place.attempt.number))} is gone; somebody removed it. Nothing is "
             "written or deleted while it is missing."
         )
-
-
-def _make_image(segments: Sequence[Segment], checkpoint_dtype: torch.dtype | None) -> Image:
-    return Image([(_stored_dtype(s, checkpoint_dtype), [(p.info.fqn, p.box) for p in s.pieces]) for s in segments])
-
-
-def _stored_dtype(segment: Segment, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a segment in a snapshot: float32 averages become `checkpoint_dtype`, others stay as they are."""
-    if segment.averaged and segment.average_dtype == torch.float32 and checkpoint_dtype is not None:
-        return checkpoint_dtype
-    return segment.average_dtype
 
 
 _open_writers: weakref.WeakSet[Writer] = weakref.WeakSet()

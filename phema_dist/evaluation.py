@@ -1,0 +1,123 @@
+"""Averages on the ranks that train: into the trackers of a job that goes on, into a live model, into a state dict.
+
+Here the two rooms meet: what `synthesis` streams is put where `training` says that it belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING
+
+from phema_dist.errors import LayoutError, SettingsError
+from phema_dist.storage import run as runs
+from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_states, once_more
+from phema_dist.synthesis.recipe import Recipe, announce, plan, stored_recipe
+from phema_dist.synthesis.stream import stream
+from phema_dist.training.layout import Layout, read_layout, select
+from phema_dist.training.swap import swapped
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from phema_dist.ranks import Ranks
+    from phema_dist.shard import Box
+    from phema_dist.storage.manifest import RunInfo
+    from phema_dist.storage.store import Store
+    from phema_dist.synthesis.stream import Sink
+    from phema_dist.training.session import Session
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An average of some length, at some t (None: the newest complete snapshot's), and the dtype of its sums."""
+
+    sigma_rel: float
+    t: int | None
+    calculation_dtype: torch.dtype
+
+
+def restore(store: Store, session: Session) -> None:
+    """Fill the averages of what this rank owns from the snapshot that the session goes on from."""
+    assert session.parent is not None  # noqa: S101
+    targets = session.tracker.boxes()
+    recipes = [stored_recipe(session.parent, sigma_rel) for sigma_rel in session.info.sigma_rels]
+    boxes = {fqn: [box for box, _ in held] for fqn, held in targets[0].items()}
+    stream(store, session.info, recipes, fill_boxes(targets), wanted=boxes)
+
+
+def full_state(store: Store, ranks: Ranks, wanted: Wanted) -> dict[str, torch.Tensor]:
+    """Collective: an average as full CPU tensors, on every rank."""
+    info = ranks.on_first(lambda: runs.read_info(store))
+    state = ranks.each(lambda: empty_state(info))
+    _read(store, ranks, wanted, fill_states([state]), None)
+    return state
+
+
+@contextmanager
+def in_place(store: Store, ranks: Ranks, wanted: Wanted, model: nn.Module, prefix: str) -> Iterator[None]:
+    """Collective on the way in: an average in a live model, each rank filling what it holds."""
+    info = ranks.on_first(lambda: runs.read_info(store))
+    shapes = {fqn: facts.shape for fqn, facts in info.tensors.items()}
+    names = shapes if info.only_save_diff else None
+    layout = ranks.each(
+        lambda: select(read_layout(model, among=names, prefix=prefix), shapes, shapes, partial=info.only_save_diff)
+    )
+    _check_all_are_held(ranks, layout, list(shapes), prefix)
+    boxes: dict[str, list[Box]] = {}
+    for tensor in layout.tensors:
+        boxes.setdefault(tensor.info.fqn, []).append(tensor.box)
+    with swapped(model, layout, ranks) as write:
+        _read(store, ranks, wanted, lambda _, fqn, box, values: write(fqn, box, values), boxes)
+        yield
+
+
+def check_same_t(ranks: Ranks, session: Session, *, closed: bool) -> None:
+    """Collective: wait until each rank has stored what it queued, and compare their clocks."""
+
+    def settle() -> int:
+        if not closed:
+            session.writer.drain()
+        return session.t
+
+    ts = ranks.together(settle)
+    if len(set(ts)) > 1:
+        raise SettingsError(
+            f"update_ must be called on every rank with the same t; their last ones are {ts}. Snapshots of ranks that "
+            "disagree are never complete."
+        )
+
+
+def _check_all_are_held(ranks: Ranks, layout: Layout, names: Sequence[str], prefix: str) -> None:
+    """Collective: ranks may hold different parts of the model, but together all of the run's."""
+    mine = sum(1 << i for i, name in enumerate(names) if name in layout.infos)  # a bit each: names are many and long
+    held = reduce(or_, ranks.gather(mine))
+    for i, name in enumerate(names):
+        if not held >> i & 1 and (ranks.size > 1 or name.startswith(prefix)):
+            raise LayoutError(
+                f"the model must have the tensors of the run; {name} is missing. Pass the model that was averaged, "
+                "wrapped or not; one of a run whose ranks hold different modules needs all these ranks, or a prefix."
+            )
+
+
+def _read(store: Store, ranks: Ranks, wanted: Wanted, sink: Sink, boxes: Mapping[str, Sequence[Box]] | None) -> None:
+    """Collective: stream rank 0's view of the run on every rank."""
+
+    def look() -> tuple[RunInfo, Recipe]:
+        run = runs.open_run(store)
+        recipes = plan(run, [wanted.sigma_rel], wanted.t)
+        announce(recipes)
+        return run.info, recipes[0]
+
+    @once_more  # on all ranks, as they raise together
+    def read() -> None:
+        info, recipe = ranks.on_first(look)
+        ranks.each(
+            lambda: stream(store, info, [recipe], sink, wanted=boxes, calculation_dtype=wanted.calculation_dtype)
+        )
+
+    read()

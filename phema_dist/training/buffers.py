@@ -1,0 +1,92 @@
+"""Snapshot buffers: the averages of one moment, as the bytes of the files that the storage thread will put.
+
+There is one set of them, made once and reused, so a snapshot costs a copy and no allocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from phema_dist.storage.snapshot import Image, make_images
+
+if TYPE_CHECKING:
+    from phema_dist.training.staging import Segment
+    from phema_dist.training.tracker import Tracker
+
+
+class SnapshotBuffers:
+    """The shard files of this rank: `files[k]` are the images of profile k, most often one.
+
+    Float32 averages are stored in `checkpoint_dtype`, all others in their own dtype.
+    """
+
+    def __init__(self, segments: Sequence[Segment], tracker: Tracker, checkpoint_dtype: torch.dtype | None) -> None:
+        self._segments, self._tracker = tuple(segments), tracker
+        self._narrow = checkpoint_dtype or torch.float32
+        self._wide: set[tuple[int, int]] = set()  # segment and piece, stored as float32 all the same
+        self._sources = [
+            [s.views(flat) for s, flat in zip(tracker.segments, flats, strict=True)] for flats in tracker.averages
+        ]
+        self._make()
+
+    @torch.no_grad()
+    def fill(self, staged: Sequence[torch.Tensor]) -> list[str]:
+        """Copy the averages, and buffers of the model from a staging slot, into `files`.
+
+        Returns:
+            The names of tensors whose averages no longer fit into `checkpoint_dtype`: from now on they are stored as
+            float32.
+        """
+        widened = self._widen()
+        for sources, targets in zip(self._sources, self._targets, strict=True):
+            left = iter(sources)
+            values = [
+                view
+                for segment, flat in zip(self._segments, staged, strict=True)
+                for view in (next(left) if segment.averaged else segment.views(flat))
+            ]
+            if values:
+                torch._foreach_copy_(targets, values)  # one call, not 5 000
+        return widened
+
+    def _make(self) -> None:
+        """Lay out the files anew."""
+        self.files: list[list[Image]] = []  # first, so that old and new ones are never there together
+        self._targets: list[list[torch.Tensor]] = []
+        boxes = [
+            (piece.info.fqn, self._dtype(s, p), piece.box)
+            for s, segment in enumerate(self._segments)
+            for p, piece in enumerate(segment.pieces)
+        ]
+        for _ in self._sources:
+            images, views = make_images(boxes)
+            self.files.append(images)
+            self._targets.append(views)
+
+    def _dtype(self, s: int, p: int) -> torch.dtype:
+        segment = self._segments[s]
+        narrow = segment.averaged and segment.average_dtype == torch.float32 and (s, p) not in self._wide
+        return self._narrow if narrow else segment.average_dtype
+
+    def _widen(self) -> list[str]:
+        largest = torch.finfo(self._narrow).max
+        found = set()
+        for averages, views in zip(self._tracker.averages, self._sources, strict=True):
+            for s, (segment, flat, pieces) in enumerate(zip(self._tracker.segments, averages, views, strict=True)):
+                if segment.average_dtype == torch.float32 and self._narrow != torch.float32 and _exceeds(flat, largest):
+                    found |= {(s, p) for p, piece in enumerate(pieces) if _exceeds(piece, largest)}
+        new = sorted(found - self._wide)
+        if new:
+            self._wide |= found
+            self._make()
+        return [self._segments[s].pieces[p].info.fqn for s, p in new]
+
+
+def _exceeds(tensor: torch.Tensor, largest: float) -> bool:
+    if not tensor.numel():
+        return False
+    low, high = torch.aminmax(tensor)
+    return max(-float(low), float(high)) > largest

@@ -1,0 +1,120 @@
+"""The averages in the user's own training checkpoint: what torch.distributed.checkpoint saves and loads of them.
+
+A snapshot is for synthesis. To go on as if nothing had happened, a job stores its averages beside its optimizer, at the
+same moment and in full precision; they come back on any number of ranks, any mesh and any wrapper, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.stateful import Stateful
+
+from phema_dist.errors import RunError
+from phema_dist.storage.manifest import from_json, to_json
+from phema_dist.training.session import Clock
+
+if TYPE_CHECKING:
+    from phema_dist.ranks import Ranks
+    from phema_dist.shard import Box
+    from phema_dist.training.session import Session
+
+Boxes = Sequence[tuple["Box", torch.Tensor]]
+
+
+class TrainingState(Stateful):
+    """`ema.training_state`: the float32 averages of this rank and the clock, for `dcp.save` and `dcp.load`."""
+
+    def __init__(self, session: Session, ranks: Ranks) -> None:
+        self._session, self._ranks = session, ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the averages as they are after the last `update_`, and the clock. Does not communicate.
+
+        Waits until the averages have taken in what is queued. The copy is the caller's: it may be written while
+        training goes on (`dcp.async_save`).
+        """
+        clock = self._session.settle()
+        averages = {
+            f"sigma_rel-{sigma_rel!r}": {
+                fqn: _boxed(shapes, [(box, view.clone()) for box, view in boxes])
+                for fqn, (shapes, boxes) in self._held(k).items()
+            }
+            for k, sigma_rel in enumerate(self._session.info.sigma_rels)
+        }
+        return {"averages": averages, "clock": to_json(clock).decode()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from these averages instead of those that the job began with. Collective.
+
+        What this rank owns is in `state_dict` after `dcp.load`. The run gets a new attempt: snapshots later than the
+        state are hidden from now on.
+
+        Raises:
+            RunError: the state was saved by a run with other sigma_rels or another origin of t.
+        """
+        session = self._session
+
+        def take() -> Clock:
+            clock = from_json(Clock, str(state_dict["clock"]).encode(), "the clock of training_state")
+            info = session.info
+            if (clock.sigma_rels, clock.origin) != (info.sigma_rels, info.origin):
+                raise RunError(
+                    f"training_state must come from a run with sigma_rels {info.sigma_rels} and update_after_step "
+                    f"{info.origin}; it has {clock.sigma_rels} and {clock.origin}. Load it without its `ema` entry, or "
+                    "begin a new run with the settings of the old one."
+                )
+            session.writer.drain()
+            for k, sigma_rel in enumerate(info.sigma_rels):
+                loaded = state_dict["averages"][f"sigma_rel-{sigma_rel!r}"]
+                for fqn, (_, boxes) in self._held(k).items():
+                    for (_, view), (_, values) in zip(boxes, loaded[fqn].boxes, strict=True):
+                        view.copy_(values)
+            return clock
+
+        clock = self._ranks.each(take)
+        session.go_on_from(clock, self._ranks)
+
+    def _held(self, k: int) -> dict[str, tuple[tuple[int, ...], Boxes]]:
+        """Profile k of what this rank owns: for each tensor its whole shape, and the boxes with their averages."""
+        shapes = {piece.info.fqn: piece.info.shape for s in self._session.segments for piece in s.pieces}
+        return {fqn: (shapes[fqn], boxes) for fqn, boxes in self._session.tracker.boxes()[k].items()}
+
+
+class BoxedTensor(torch.Tensor):
+    """Some boxes of a tensor of this shape, as torch.distributed.checkpoint wants to be told; the rest has no data.
+
+    DCP asks any tensor that has these three methods, as DTensor does; no mesh and no process group is needed, and a
+    rank may hold several boxes, or none.
+    """
+
+    boxes: Boxes
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in self.boxes]
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets, i),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(values), self.size()),
+            )
+            for i, (chunk, (_, values)) in enumerate(zip(self.__create_chunk_list__(), self.boxes, strict=True))
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return next(values for box, values in self.boxes if torch.Size(box.offsets) == index.offset)
+
+
+def _boxed(shape: tuple[int, ...], boxes: Boxes) -> BoxedTensor:
+    # One element that is seen everywhere: the right shape and dtype, and a storage that may be copied.
+    seen = torch.empty((), dtype=boxes[0][1].dtype).expand(shape) if math.prod(shape) else torch.empty(shape)
+    tensor = seen.as_subclass(BoxedTensor)
+    tensor.boxes = boxes
+    return tensor
