@@ -1,10 +1,10 @@
 """What a rank holds: names of the bare model, each tensor once, and refusals instead of wrong averages."""
 
+import timeit
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -13,8 +13,9 @@ from phema_dist.errors import LayoutError
 from phema_dist.ranks import ALONE
 from phema_dist.shard import whole
 from phema_dist.storage.manifest import BUFFER, PARAMETER
-from phema_dist.training.layout import is_sharded, read_layout, select
+from phema_dist.training.layout import read_layout, select
 from phema_dist.training.ownership import agree
+from phema_dist.training.wrappers import is_sharded
 
 
 class Block(nn.Module):
@@ -111,6 +112,38 @@ def test_a_model_that_is_not_the_runs_is_refused_by_the_first_difference(
         select(read_layout(nn.Linear(3, 4)), shapes, partial=False)
 
 
+def test_ranks_may_hold_different_modules_if_together_they_hold_the_runs() -> None:
+    shapes = {"a.weight": (4, 3), "b.weight": (2, 2)}
+    mine, other = (read_layout(nn.Linear(3, 4, bias=False), prefix=prefix) for prefix in ("a.", "c."))
+    assert set(select(mine, shapes, set(shapes), partial=False).infos) == {"a.weight"}
+    with pytest.raises(LayoutError, match=r"b.weight is \(2, 2\) in the run and not in the model"):
+        select(mine, shapes, {"a.weight"}, partial=False)
+    with pytest.raises(LayoutError, match=r"c.weight is not in the run and \(4, 3\) in the model"):
+        select(other, shapes, set(shapes), partial=False)
+    assert select(other, shapes, set(shapes), partial=True).infos == {}
+    with pytest.raises(LayoutError, match=r"a.weight is \(4, 4\) in the run and \(4, 3\) in the model"):
+        select(mine, {"a.weight": (4, 4)}, {"a.weight"}, partial=True)
+
+
+def test_a_prefix_comes_before_every_name_and_counts_for_the_choice_of_names() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model["b"].weight = model["a"].weight
+    layout = read_layout(model, prefix="stage1.")
+    assert list(layout.infos) == ["stage1.a.weight"]
+    assert layout.aliases == {"stage1.b.weight": "stage1.a.weight"}
+    assert [t.info.fqn for t in layout.tensors] == ["stage1.a.weight"]
+    assert read_layout(model, prefix="stage1.", among={"a.weight"}).infos == {}
+    assert list(read_layout(model, prefix="stage1.", among={"stage1.b.weight"}).infos) == ["stage1.b.weight"]
+
+
+def test_one_name_for_two_tensors_is_refused() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(3))
+    model._orig_mod = nn.Linear(2, 2, bias=False)
+    with pytest.raises(LayoutError, match=r"weight must be one tensor; .* the second of shape \(2, 2\)"):
+        read_layout(model)
+
+
 def with_parameter(tensor: torch.Tensor) -> nn.Module:
     model = nn.Module()
     model.odd = nn.Parameter(tensor, requires_grad=False)
@@ -146,9 +179,9 @@ def with_strange_parameter() -> nn.Module:
         ),
         (lambda: with_parameter(torch.zeros(2, dtype=torch.complex128)), "odd must be one of .*complex128"),
         (lambda: with_parameter(torch.zeros(2, device="meta")), "odd must have storage"),
-        (lambda: with_parameter(torch.zeros(2, 2).to_sparse()), "odd must be a plain tensor .*sparse_coo"),
-        (lambda: with_buffer(torch.zeros(2).as_subclass(Strange)), "odd must be a plain tensor .* Strange"),
-        (with_strange_parameter, "odd must be a plain tensor .* StrangeParameter"),
+        (lambda: with_parameter(torch.zeros(2, 2).to_sparse()), r"odd of shape \(2, 2\) must be a plain .*sparse_coo"),
+        (lambda: with_buffer(torch.zeros(2).as_subclass(Strange)), r"odd of shape \(2,\) must be a plain .* Strange"),
+        (with_strange_parameter, r"odd of shape \(2,\) must be a plain tensor .* StrangeParameter"),
         (lambda: nn.LazyLinear(3), "weight must have a shape"),
         (lambda: with_buffer(torch.zeros(2, dtype=torch.complex128)), "odd must have a dtype .*complex128"),
     ],
@@ -188,6 +221,83 @@ def test_a_tensor_that_changed_its_shape_dtype_or_existence_is_named() -> None:
             weight.local()
 
 
+def test_a_float_buffer_may_be_cast_but_never_become_another_kind_of_number() -> None:
+    model = nn.BatchNorm1d(3, affine=False)
+    layout = read_layout(model)
+    model.running_mean.data = model.running_mean.bfloat16()  # as FSDP1 does at the first forward
+    assert layout.tensors[0].local().dtype == torch.bfloat16
+    model.running_var = model.running_var.int()
+    with pytest.raises(LayoutError, match=r"running_var must stay .*found Tensor torch.int32 \(3,\)"):
+        layout.tensors[1].local()
+    model.num_batches_tracked = model.num_batches_tracked.float()
+    with pytest.raises(LayoutError, match=r"num_batches_tracked must stay as it was .* torch.int64"):
+        layout.tensors[2].local()
+
+
+def test_what_becomes_of_a_tensor_that_is_replaced_by_something_else_is_named() -> None:
+    model = nn.Linear(3, 4, bias=False)
+    (weight,) = read_layout(model).tensors
+    model._parameters["weight"] = model.weight.as_subclass(Strange)
+    with pytest.raises(LayoutError, match=r"weight must stay .* found Strange torch.float32 \(4, 3\)"):
+        weight.local()
+
+
+Change = Callable[[nn.Module], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m[1].linear.register_parameter("gain", nn.Parameter(torch.ones(4))), r"1.linear.gain .* was added"),
+        (lambda m: m[1].linear.add_module("adapter", nn.Linear(2, 2)), r"1.linear.adapter.weight .*\(2, 2\) was added"),
+        (lambda m: m.append(Block()), "2.linear.weight of shape .* was added"),
+        (lambda m: m[0].register_parameter("late", nn.Parameter(torch.ones(1))), "0.late .* was added"),
+        (lambda m: m.insert(0, Block()), r"0.linear.weight of shape \(4, 3\) is in another module"),
+        (lambda m: setattr(m[0], "linear", nn.Linear(3, 4)), r"0.linear.weight .* is in another module"),
+    ],
+    ids=["parameter", "submodule", "last", "in place of None", "moved", "replaced"],
+)
+def test_what_is_added_or_replaced_later_is_named(change: Change, message: str) -> None:
+    model = nn.ModuleList([Block(), Block()])
+    model[0].register_parameter("late", None)
+    layout = read_layout(model)
+    layout.check_unchanged()
+    change(model)
+    for _ in range(2):
+        with pytest.raises(LayoutError, match=message):
+            layout.check_unchanged()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.__setitem__(0, checkpoint_wrapper(m[0])),
+        lambda m: m.__setitem__(0, compiled(m[0])),
+        lambda m: m[0].compile(backend="eager"),
+        lambda m: m[0].register_buffer("cache", torch.zeros(2)),
+        lambda m: m[0].add_module("act", nn.ReLU()),
+        lambda m: m[0].register_parameter("frozen", nn.Parameter(torch.ones(1), requires_grad=False)),
+        lambda m: setattr(m[0].linear, "weight", nn.Parameter(torch.zeros(4, 3))),
+    ],
+    ids=["checkpointed", "compiled", "compiled in place", "buffer", "without parameters", "left out", "reassigned"],
+)
+def test_what_leaves_the_averaged_tensors_as_they_were_is_no_change(change: Change) -> None:
+    model = nn.ModuleList([Block(), Block()])
+    layout = read_layout(model, only_save_diff=True)
+    change(model)
+    for _ in range(2):
+        layout.check_unchanged()
+    for tensor in layout.tensors:
+        tensor.local()
+
+
+def test_looking_for_changes_costs_far_less_than_an_update() -> None:
+    model = nn.ModuleList([nn.Linear(2, 2) for _ in range(2500)])
+    layout = read_layout(model)
+    seconds = min(timeit.repeat(layout.check_unchanged, number=1, repeat=50))
+    assert seconds < 1e-3, f"{seconds * 1e3:.2f} ms for 5 000 parameters"
+
+
 def test_the_storage_is_looked_up_anew_and_never_kept() -> None:
     model = nn.Linear(3, 4, bias=False)
     (weight,) = read_layout(model).tensors
@@ -210,19 +320,6 @@ def test_tensors_without_elements_are_tensors_of_the_run() -> None:
     model: Any = nn.Module()
     model.none = nn.Parameter(torch.zeros(0, 7))
     assert [p.box for p in agree(read_layout(model), ALONE).pieces] == [whole((0, 7))]
-
-
-def fsdp1() -> str:
-    from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415
-
-    model = nn.Sequential(FullyShardedDataParallel(nn.Linear(3, 4), device_id=torch.device("cpu")))
-    return ranks.outcome(lambda: read_layout(model))
-
-
-def test_fsdp1_is_refused_with_the_way_out() -> None:
-    for error in ranks.run(2, fsdp1):
-        assert error.startswith("LayoutError: 0 must be plain, DDP or FSDP2; found FSDP1")
-        assert "fully_shard" in error
 
 
 def test_a_model_with_nothing_to_average_is_refused() -> None:

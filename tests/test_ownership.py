@@ -79,6 +79,9 @@ def in_threads(layouts: Sequence[Layout]) -> list[tuple[Ownership | LayoutError,
             return agree(layouts[rank], ranks), ranks
         except LayoutError as error:
             return error, ranks
+        except BaseException:
+            barrier.abort()  # the others need not wait
+            raise
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(one, range(size)))
@@ -237,6 +240,23 @@ def test_replicas_are_shared_evenly_in_order() -> None:
         [("a", Box((3, 0), (3, 10)))],
         [("b", whole((3, 10)))],
     ]
+
+
+def test_ranks_take_their_shares_in_order_whatever_else_they_hold() -> None:
+    model = [parameter(f"layers.{i}", 2, 5) for i in range(20)]
+    layouts = [layout([*map(held, model), *([held(parameter("more", 1))] if rank == 1 else [])]) for rank in range(4)]
+    found = owned(layouts)
+    check_owners(layouts, found)
+    in_order = [piece.info.fqn for mine in found for piece in mine.pieces if piece.info.fqn != "more"]
+    assert in_order == [info.fqn for info in model]
+
+
+def test_boxes_are_looked_at_one_by_one_only_where_sums_say_that_something_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ownership, "check_exact_cover", None)
+    layouts = [layout(t for i in range(9) for t in rows(parameter(f"layers.{i}", 5, 1 + i), r, 3)) for r in range(3)]
+    check_owners(layouts, owned(layouts))
 
 
 def test_16_bit_parameters_weigh_as_much_as_their_float32_averages() -> None:
@@ -440,8 +460,10 @@ MISTAKES: dict[str, tuple[Callable[[], list[Layout]], str]] = {
 }
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 16])
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_alike_on_every_rank(name: str) -> None:
+def test_a_mistake_is_named_alike_on_every_rank(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "_BOXES_AT_ONCE", at_once)
     make, pattern = MISTAKES[name]
     told = [outcome for outcome, _ in in_threads(make())]
     for outcome in told:

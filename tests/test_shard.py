@@ -166,11 +166,14 @@ def test_each_box_is_found_once_with_all_its_origins(
 
 
 def random_number(dim: int, position: int) -> int:
-    """Splitmix64, in Python's integers."""
-    bits = (position + (dim << 48)) * 0x9E3779B97F4A7C15 % 2**64
-    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
-    return bits ^ bits >> 31
+    """Splitmix64 of splitmix64, each after an addition, in Python's integers."""
+    bits = position + (dim << 48)
+    for _ in range(2):
+        bits = (bits + 0xD1342543DE82EF95) * 0x9E3779B97F4A7C15 % 2**64
+        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+        bits ^= bits >> 31
+    return bits
 
 
 @given(st.data())
@@ -197,6 +200,12 @@ def test_fingerprints_of_many_boxes_and_dimensions_differ() -> None:
     for sizes in (np.ones_like(offsets), offsets + 1, offsets[::-1] + 1):
         assert len(np.unique(fingerprints(offsets, sizes))) == len(boxes)
     assert len(np.unique(scramble(np.arange(10**6), 3))) == 10**6
+
+
+def test_evenly_spaced_shards_of_one_size_have_different_fingerprints() -> None:
+    for size in range(1, 3000):
+        offsets = np.arange(0, 8 * size, size)[None]
+        assert len(np.unique(fingerprints(offsets, np.full_like(offsets, size)))) == 8, size
 
 
 # -- who gets how much

@@ -180,7 +180,7 @@ def test_another_model_is_refused_untouched(tmp_path: Path) -> None:
     _, ema = trained(tmp_path)
     other = nn.Linear(3, 4)
     before = everything(other)
-    with pytest.raises(LayoutError, match=r"scale is \(\) in the run and not in the model"):  # noqa: SIM117
+    with pytest.raises(LayoutError, match=r"weight is not in the run and \(4, 3\) in the model"):  # noqa: SIM117
         with ema.model(other, 0.1):
             pass
     assert_same_bits(other, before)

@@ -226,15 +226,15 @@ def group_boxes(
         np.add.at(covered, (0, boxes[0]), prints >> np.uint64(32))
         np.add.at(covered, (1, boxes[0]), prints & np.uint64(2**32 - 1))
         numel = offsets_and_sizes(boxes)[1].prod(axis=0)
-        for_lowest = ~averaged[boxes[0]] | (numel == 0)
-        keys = np.where(for_lowest, lowest_holder[origin[begins]], np.add.reduceat(all_holders[origin], begins))
+        undivided = ~averaged[boxes[0]] | (numel == 0)  # all of it is for the lowest of its holders
+        keys = np.where(undivided, lowest_holder[origin[begins]], np.add.reduceat(all_holders[origin], begins))
         found, example, which = np.unique(keys, return_index=True, return_inverse=True)
         num_bytes = np.zeros(len(found), dtype=np.int64)
         np.add.at(num_bytes, which, numel * itemsize[boxes[0]])
         for n, (key, k) in enumerate(zip(found.tolist(), example.tolist(), strict=True)):
             if key not in groups:
-                by = [holders[i] for i in np.split(origin, begins[k : k + 2])[1].tolist()]
-                groups[key] = Group(by[0][:1] if for_lowest[k] else tuple(sorted(chain(*by))))
+                by = [holders[i] for i in np.split(origin, begins[k : k + 2])[1].tolist()]  # whoever holds box k
+                groups[key] = Group(by[0][:1] if undivided[k] else tuple(sorted(chain(*by))))
             groups[key].num_bytes += int(num_bytes[n])
             if rank in groups[key].ranks:
                 groups[key].tables.append(boxes[:, which == n])
