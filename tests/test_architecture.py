@@ -14,9 +14,9 @@ ORDER = [
     "errors", "profile", "schedule", "shard", "ranks",
     "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
     "storage.run",
-    "training.wrappers", "training.layout", "training.ownership", "training.device", "training.staging", "training.tracker",
-    "training.buffers", "training.writer",
-    "training.session", "training.attach", "training.state", "training.swap",
+    "training.wrappers", "training.layout", "training.ownership", "training.device", "training.staging",
+    "training.tracker", "training.buffers", "training.writer", "training.session", "training.attach", "training.state",
+    "training.swap",
     "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.consolidate",
     "plot", "evaluation", "ema", "cli",
 ]  # fmt: skip

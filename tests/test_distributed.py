@@ -615,7 +615,7 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     said = run(2, every_mistake, str(tmp_path))
     expected = {
         "shape": "LayoutError.*last.weight must be the same tensor on all ranks",
-        "values": "LayoutError.*must be equal on all ranks.*name them differently",
+        "values": "LayoutError.*must be equal on all ranks.*give each a prefix",
         "replicas": r"LayoutError.*must be equal on ranks \[0, 1\]",
         "folder": "StorageError.*every rank must see the same checkpoint_dir",
         "setting": "SettingsError.*update_every must be an integer of at least 1; got 0",

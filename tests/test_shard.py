@@ -202,6 +202,15 @@ def test_fingerprints_of_many_boxes_and_dimensions_differ() -> None:
     assert len(np.unique(scramble(np.arange(10**6), 3))) == 10**6
 
 
+@pytest.mark.parametrize("step", [1, 64, 128256])
+@pytest.mark.parametrize("dim", [0, 1, 3])
+def test_all_ranges_along_a_dimension_have_different_fingerprints(dim: int, step: int) -> None:
+    starts, ends = np.triu_indices(1000, 1)
+    offsets, sizes = np.zeros((4, len(starts)), dtype=np.int64), np.ones((4, len(starts)), dtype=np.int64)
+    offsets[dim], sizes[dim] = starts * step, (ends - starts) * step
+    assert len(np.unique(fingerprints(offsets, sizes))) == len(starts)
+
+
 def test_evenly_spaced_shards_of_one_size_have_different_fingerprints() -> None:
     for size in range(1, 3000):
         offsets = np.arange(0, 8 * size, size)[None]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phema_dist.errors import LayoutError, SnapshotError
-from phema_dist.shard import Box, Held, share_out, whole
+from phema_dist.shard import Box, whole
 from phema_dist.storage import run as runs
 from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Manifest, RunInfo, TensorFacts, shard_name
 from phema_dist.storage.snapshot import DTYPE_NAMES, Image, write_snapshot
@@ -26,9 +26,15 @@ Owned = list[list[tuple[str, Box]]]  # for each rank
 
 
 def by_rows(num_ranks: int) -> Owned:
-    names = list(SHAPES)
-    held = [Held(i, whole(SHAPES[name]), 4, tuple(range(num_ranks))) for i, name in enumerate(names)]
-    return [[(names[i], box) for i, box in owned] for owned in share_out(held, num_ranks)]
+    """A run of whole rows of each tensor for each rank."""
+    owned: Owned = [[] for _ in range(num_ranks)]
+    for name, shape in SHAPES.items():
+        box = whole(shape)
+        edges = [box.num_rows * rank // num_ranks for rank in range(num_ranks + 1)]
+        for rank, (start, stop) in enumerate(pairwise(edges)):
+            if start < stop:
+                owned[rank].append((name, box.rows(start, stop)))
+    return owned
 
 
 def by_columns(num_ranks: int) -> Owned:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
@@ -322,7 +321,7 @@ def _find_flattened(fqn: str, module: nn.Module, name: str, handle: Any, index: 
 
     def parts() -> list[tuple[Box, Part]]:
         block = whole(shape) if spec is None else _block(fqn, spec)
-        return [] if block is None else _flattened_parts(fqn, block, handle, index)
+        return [] if block is None else _flattened_parts(block, handle, index)
 
     return Found(
         fqn, module, name, shape, _shard(flat), is_parameter=True, requires_grad=trained, identity=(id(flat), index),
@@ -330,18 +329,13 @@ def _find_flattened(fqn: str, module: nn.Module, name: str, handle: Any, index: 
     )  # fmt: skip
 
 
-def _flattened_parts(fqn: str, block: Box, handle: Any, index: int) -> list[tuple[Box, Part]]:
+def _flattened_parts(block: Box, handle: Any, index: int) -> list[tuple[Box, Part]]:
     """Cut what lies here of a tensor, or of the block that is flattened; it was laid out as it lay in memory."""
     here, strides = handle.flat_param._shard_param_infos[index], tuple(handle.flat_param._strides[index])
     if not block.numel:
         return [(block, Flattened(handle, index, 0, block.sizes, strides))]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])  # row by row, were the dims in this order
     inner = _with_dims(block, order)
-    if any(inner.sizes[i] > 1 and strides[dim] != prod(inner.sizes[i + 1 :]) for i, dim in enumerate(order)):
-        raise LayoutError(
-            f"{fqn} of shape {block.sizes} must lie without gaps in memory to be flattened by FSDP1; its strides are "
-            f"{strides}. Replace it by its clone before it is wrapped."
-        )
     start, stop = (here.intra_param_start_idx, here.intra_param_end_idx + 1) if here.in_shard else (0, 0)
     parts: list[tuple[Box, Part]] = []
     for cut in flat_range_to_boxes(inner, start, stop):
