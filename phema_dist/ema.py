@@ -206,9 +206,9 @@ class PostHocEMA:
         Raises:
             SettingsError: no optimizer, or one that is attached already.
         """
+        session = self._training(model)
         if self._attachment is not None:
             raise SettingsError("attach was called before; call it once, with all optimizers, in stepping order.")
-        session = self._training(model)
 
         def stepped(skips: torch.Tensor | None) -> None:
             self._training(model).update(model, None if t is None else t(), skips)

@@ -307,6 +307,81 @@ def test_a_changed_model_is_an_error_that_names_the_tensor(tmp_path: Path) -> No
     ema.close()
 
 
+def test_an_added_parameter_is_an_error_that_names_it(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=2)
+    ema.update_(model)
+    model[0].gain = nn.Parameter(torch.ones(3))
+    with pytest.raises(LayoutError, match=r"0\.gain of shape \(3,\) was added"):
+        ema.update_(model)
+    del model[0].gain
+    model.append(nn.Linear(3, 3))
+    ema.update_(model)  # no update is due
+    with pytest.raises(LayoutError, match=r"2\.weight of shape \(3, 3\) was added"):
+        ema.update_(model)
+    ema.close()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attached_optimizers_under_a_scaler_average_what_the_real_steps_left(fused: bool, tmp_path: Path) -> None:
+    """Two optimizers; infinities in the gradients of the one, of the other, or of both skip some of their steps.
+
+    A round is a step of the first, and then one of the second before the first steps again.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1, fused=fused) for part in model]
+    scaler = torch.amp.GradScaler(device="cpu", init_scale=1024.0, growth_interval=3)
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5)
+    twin = PostHocEMA.from_model(model, tmp_path / "twin", update_every=1, checkpoint_every=5)
+    ema.attach(*optimizers)
+    num_real, begun = 0, False
+    for step in range(23):
+        scaler.scale(model(torch.randn(8, 3)).square().mean()).backward()
+        overflows = [position for position in (0, 1) if step % (4 + position) == 3]
+        for position in overflows:
+            model[position].weight.grad[0, 0] = torch.inf
+        before = [part.weight.detach().clone() for part in model]
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        first, second = (not torch.equal(was, part.weight) for was, part in zip(before, model, strict=True))
+        begun = begun or first
+        if second and begun:
+            num_real += 1
+            twin.update_(model)
+        begun = begun and not second
+        for each in (ema, twin):
+            each._session.writer.drain()
+    assert 0 < num_real < 20
+    assert ema.t == twin.t == num_real
+    assert ema._session.tracker.history.knots == twin._session.tracker.history.knots
+    ema.close()
+    twin.close()
+    for one, other in zip(
+        synthesize(tmp_path / "run", [0.05, 0.2]), synthesize(tmp_path / "twin", [0.05, 0.2]), strict=True
+    ):
+        assert all(torch.equal(one.state_dict[name], other.state_dict[name]) for name in one.state_dict)
+
+
+def test_attach_goes_on_with_a_run_that_was_opened_by_its_path(tmp_path: Path) -> None:
+    model = trained(tmp_path / "run")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = PostHocEMA.from_path(tmp_path / "run", model=model, update_every=1)
+    images = [10_000]
+    ema.attach(optimizer, t=lambda: images[0])
+    with pytest.raises(SettingsError, match="attach was called before"):
+        ema.attach(optimizer)
+    optimizer.step()
+    assert ema.t == 10_000
+    ema.close()
+    optimizer.step()  # nothing is attached any more
+    with pytest.raises(SettingsError, match="closed"):
+        ema.attach(optimizer)
+
+
 def test_an_incomplete_snapshot_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained(tmp_path / "run")
     snapshots = tmp_path / "run/snapshots"
