@@ -124,7 +124,8 @@ def _snapshot_facts(run: Run, snapshot: Snapshot) -> dict[str, Any]:
     attempts = {attempt.number: attempt for attempt in run.attempts}
     state = f"incomplete: {snapshot.problem}" if snapshot.problem else "complete"
     if snapshot in run.abandoned:
-        state = f"abandoned: a later attempt continued from before ({state})"
+        newest = run.attempts[-1]
+        state = f"hidden: the newest attempt, {newest.number}, went on from t={newest.t} of {newest.parent} ({state})"
     return {
         "t": snapshot.t,
         "attempt": snapshot.attempt,

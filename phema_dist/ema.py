@@ -17,7 +17,7 @@ from phema_dist.ranks import ALONE, Ranks, join
 from phema_dist.storage import run as runs
 from phema_dist.storage.store import open_store
 from phema_dist.training.attach import Attachment
-from phema_dist.training.session import DEFAULT_SIGMA_RELS, Session, Settings, begin, check_sigma_rels
+from phema_dist.training.session import DEFAULT_SIGMA_RELS, Session, Settings, begin, check_resume, check_sigma_rels
 from phema_dist.training.wrappers import is_sharded
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class PostHocEMA:
         """Begin to average a model, or go on with a run. Collective: call it on every rank, after wrapping the model.
 
         Args:
-            model: plain, or wrapped by DDP or `fully_shard`, compiled or not.
+            model: plain, or wrapped by DDP, FSDP1, `fully_shard` or tensor parallelism, compiled or not.
             checkpoint_dir: where the run lives: a folder that all ranks share, or any fsspec URL (s3://bucket/run).
             max_checkpoints: how many snapshots to keep; those that serve every later sigma_rel best, not the last.
             sigma_rels: the averaging lengths that are tracked, each in (0, 0.28867]; None: (0.05, 0.28).
@@ -89,7 +89,7 @@ class PostHocEMA:
             update_after_step: t at which averaging begins; everything before is forgotten.
             storage_options: for the store (key, secret, endpoint_url, …), or the usual AWS environment.
             resume: True: go on from the newest complete snapshot. An integer: the t where the model is; the averages
-                go on from the newest complete snapshot at or before it. Begins afresh where nothing is stored.
+                go on from the newest complete snapshot at or before it. Begins afresh where there is none.
             process_group: the ranks that hold the model together; None: all.
             t_unit: what t counts, for people who read the run: steps, samples, …
             prefix: before the names of this rank's tensors, where ranks hold different modules whose names collide
@@ -108,10 +108,12 @@ class PostHocEMA:
                 max_checkpoints, _floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
                 only_save_diff, update_after_step, t_unit, prefix,
             )  # fmt: skip
-            return PostHocEMA(open_store(checkpoint_dir, storage_options), settings, _sum_dtype(calculation_dtype))
+            ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings, _sum_dtype(calculation_dtype))
+            ema._resume = check_resume(resume)
+            return ema
 
         ema = ranks.each(checked)
-        ema._begin(model, ranks, resume)  # noqa: SLF001  its own
+        ema._begin(model, ranks, ema._resume)  # noqa: SLF001  its own
         return ema
 
     @staticmethod
@@ -160,7 +162,7 @@ class PostHocEMA:
         ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings)
         check_sigma_rels(ema._store, runs.open_run(ema._store).info, settings)
         ema._model, ema._group = model, process_group
-        ema._resume = True if step is None else step
+        ema._resume = True if step is None else check_resume(step)
         return ema
 
     @property
@@ -176,15 +178,18 @@ class PostHocEMA:
         still being taken in.
 
         Args:
-            model: None, or the model of the constructor, with or without its wrappers.
+            model: None, or the model of the constructor, with or without its wrappers; another one with the same
+                tensors is averaged from now on.
             t: training time now, if it is not one more than at the last call: samples seen, tokens, …
 
         Raises:
             SettingsError: t does not grow, or the parameters are an average, inside `with ema.model(...)`.
-            LayoutError: a tensor was removed, resized or has another dtype, or `model` is another model.
+            LayoutError: a tensor was added, removed, resized or has another dtype.
             BackgroundError: a background thread has stopped; its error is the cause.
         """
         session = self._training(model)
+        if self._attachment is not None:
+            raise SettingsError("attached optimizers make the updates; update_ would count their steps twice.")
         session.update(model, t)
         session.writer.fence()
 
@@ -199,9 +204,11 @@ class PostHocEMA:
 
         Args:
             optimizers: in the order in which they step. One that steps again, before a later one has stepped, begins a
-                new round: a round that some optimizer skipped is no update.
+                new round: a round that some optimizer skipped is no update. The step that torch's `get_state_dict`
+                makes to fill an optimizer's state is none either.
             model: as in `update_`.
-            t: asked for the training time at each update (images seen, …); None: the number of steps.
+            t: asked for the training time after each round (images seen, …); None: the number of rounds. What it tells
+                must have grown by then, so count before `optimizer.step()`.
 
         Raises:
             SettingsError: no optimizer, or one that is attached already.
@@ -318,7 +325,7 @@ class PostHocEMA:
             self.close()
         elif self._session is not None and not self._closed:
             self._end()
-            self._session.writer.abandon(_SECONDS_AFTER_ERROR)
+            self._session.writer.abandon(_SECONDS_AFTER_ERROR, f"left by {kind.__name__ if kind else None}")
 
     def _begin(self, model: nn.Module, ranks: Ranks, resume: bool | int) -> Session:
         """Collective: start training on the run, from its snapshot if it has one."""

@@ -11,6 +11,7 @@ from fake_accelerator import DEVICE, FakeAccelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from phema_dist import PostHocEMA, SettingsError
 from phema_dist.training import device
@@ -397,3 +398,27 @@ def test_on_a_gpu_skipped_steps_are_found_out_without_waiting(tmp_path: Path, mo
     expected_t, expected = averaged(tmp_path / "cpu")
     assert t == expected_t
     assert all(map(torch.equal, found, expected))
+
+
+def test_the_step_that_makes_an_optimizers_state_is_none() -> None:
+    """torch's get_state_dict calls it, with zeros for gradients and for the learning rate."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped: list[object] = []
+    attachment = Attachment([optimizer], stepped.append, lambda: None)
+    get_state_dict(model, optimizer)
+    assert optimizer.state
+    assert not stepped
+    optimizer.step()
+    assert len(stepped) == 1
+    attachment.remove()
+
+
+def test_optimizers_that_never_make_a_round_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2))
+    attachment = Attachment([first, second], lambda _: None, lambda: None)
+    for _ in range(250):
+        first.step()
+    assert len(caplog.messages) == 1
+    assert "number 2 of 2 has not stepped in turn" in caplog.messages[0]
+    attachment.remove()

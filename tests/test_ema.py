@@ -8,7 +8,9 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -380,6 +382,65 @@ def test_attach_goes_on_with_a_run_that_was_opened_by_its_path(tmp_path: Path) -
     optimizer.step()  # nothing is attached any more
     with pytest.raises(SettingsError, match="closed"):
         ema.attach(optimizer)
+
+
+@pytest.mark.parametrize("resume", ["auto", None, -1, 1.5])
+def test_a_moment_that_is_none_is_refused(resume: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"must be"):
+        PostHocEMA.from_model(nn.Linear(2, 2), tmp_path / "run", resume=resume)
+
+
+def test_a_job_that_restarts_before_the_first_snapshot_begins_afresh(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained(tmp_path / "run", num_steps=30)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=3) as ema:
+        assert ema.t == 3
+        assert "t=[10, 20, 30] are hidden" in caplog.text
+        assert "beginning afresh" in caplog.text
+        run = open_run(open_store(tmp_path / "run"))
+        assert (run.complete, [s.t for s in run.abandoned]) == ((), [10, 20, 30])
+        for _ in range(17):
+            ema.update_(model)
+    run = open_run(open_store(tmp_path / "run"))
+    assert [(s.t, s.attempt) for s in run.complete] == [(13, 1), (20, 1)]
+    assert [s.t for s in run.abandoned] == [30]  # the run is not beyond it
+
+
+def test_after_an_outage_all_snapshots_are_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    put, working = LocalStore.put, threading.Event()
+
+    def put_when_working(store: LocalStore, key: str, data: bytes | bytearray) -> None:
+        assert working.wait(30)
+        put(store, key, data)
+
+    working.set()
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1)
+    monkeypatch.setattr(LocalStore, "put", put_when_working)
+    writer = ema._session.writer
+    working.clear()
+    for _ in range(12):
+        ema.update_(model)
+    assert writer.counts.skipped > 5
+    working.set()
+    writer.drain()
+    skipped = writer.counts.skipped
+    for _ in range(40):
+        time.sleep(0.05)  # puts take less
+        ema.update_(model)
+        writer.drain()
+    assert writer._every == 1
+    assert writer.counts.skipped - skipped < 16
+    ema.close()
+
+
+def test_updates_by_hand_beside_attached_optimizers_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1) as ema:
+        ema.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(SettingsError, match="count their steps twice"):
+            ema.update_(model)
 
 
 def test_an_incomplete_snapshot_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

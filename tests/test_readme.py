@@ -32,7 +32,6 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
     names = {
         "torch": torch,
         "model": model,
-        "model_state": model.state_dict(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "batches": [torch.randn(8, 4) for _ in range(50)],
         "images_seen": 64,

@@ -263,3 +263,14 @@ def test_what_is_synthesized_of_an_interrupted_run_is_what_its_certificate_says(
         assert measured == pytest.approx(found.certificate.recorded_error, rel=1e-3, abs=1e-7)
         assert measured < 0.05
         assert seen.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_it_must_stand_where_dcp_can_see_it(tmp_path: Path) -> None:
+    with PostHocEMA.from_model(nn.Linear(2, 2), tmp_path / "run") as ema:
+        with pytest.raises(BaseException, match=r"must be an entry of the dict that dcp\.save") as caught:
+            dcp.save({"train": {"ema": ema.training_state}}, checkpoint_id=tmp_path / "training")
+        assert "load_state_dict" in str(caught.value)
+        nested = {"train": {"ema": ema.training_state.state_dict()}}
+        dcp.save(nested, checkpoint_id=tmp_path / "nested")
+        dcp.load(nested, checkpoint_id=tmp_path / "nested")
+        ema.training_state.load_state_dict(nested["train"]["ema"])

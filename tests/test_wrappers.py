@@ -179,6 +179,8 @@ def fsdp2(name: str) -> nn.Module:
     }
     for module in (*net.blocks, net.frozen, net):
         fully_shard(module, mesh=mesh, ignored_params=set(net.plain.parameters()), **settings.get(name, {}))
+    if name == "prefetch":
+        net.blocks[0].set_modules_to_forward_prefetch([net.blocks[1]])
     return net
 
 
@@ -216,7 +218,16 @@ FSDP1 = [
     *((f"FULL_SHARD{flat} {setting}", 2) for flat in ("", " flat") for setting in ("mixed", "offload")),
     *((f"SHARD_GRAD_OP{flat} offload", 2) for flat in ("", " flat")),
 ]
-FSDP2 = [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("zero2", 2), ("half", 4), ("offload", 2), ("mixed", 2)]
+FSDP2 = [
+    ("fsdp2", 2),
+    ("fsdp2", 4),
+    ("hsdp", 4),
+    ("zero2", 2),
+    ("half", 4),
+    ("offload", 2),
+    ("mixed", 2),
+    ("prefetch", 2),
+]
 
 
 # -- reading
@@ -321,7 +332,8 @@ def evaluation(model: nn.Module, *, aborted: bool) -> Iterator[None]:
             found, exact = model(TOKENS), wanted(TOKENS)
         assert (found - exact).norm() < (0.03 if found.dtype == torch.bfloat16 else 1e-6) * exact.norm()
         if aborted:
-            handle = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(abort)
+            block = next(module for module in model.modules() if isinstance(module, Block))
+            handle = block.down.register_forward_pre_hook(abort)
             with torch.no_grad(), pytest.raises(AbortError):
                 model(TOKENS)
             handle.remove()

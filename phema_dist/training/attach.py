@@ -7,6 +7,8 @@ training thread; so it is counted there, and the count travels with the paramete
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +17,9 @@ import torch
 
 from phema_dist.errors import SettingsError
 from phema_dist.training import device
+
+_log = logging.getLogger("phema_dist")
+_MANY_STEPS = 100
 
 
 class Attachment:
@@ -38,6 +43,7 @@ class Attachment:
         self._stepped, self._fence = stepped, fence
         self._num_optimizers = len(optimizers)
         self._progress = 0  # how many have stepped in turn, or fewer if a device skipped some
+        self._num_in_vain = 0  # steps since the last round
         self._on_device: DeviceRounds | None = None
         self._handles = [
             handle
@@ -58,6 +64,8 @@ class Attachment:
         self._fence()
 
     def _after_step(self, position: int, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if _only_initialises():
+            return
         found_inf: Any = getattr(optimizer, "found_inf", None)  # GradScaler takes it away after the hooks
         if isinstance(found_inf, torch.Tensor) and device.of(found_inf).type != "cpu":
             if self._on_device is None:
@@ -68,6 +76,13 @@ class Attachment:
             found_inf = None
         self._progress = position + 1 if position in (0, self._progress) else 0
         told = self._progress == self._num_optimizers
+        self._num_in_vain = 0 if told else self._num_in_vain + 1
+        if self._num_in_vain == _MANY_STEPS:
+            _log.warning(
+                "no update in the last %d steps of the attached optimizers: number %d of %d has not stepped in turn. "
+                "Attach those that step in every round, in the order of their steps.",
+                _MANY_STEPS, self._progress + 1, self._num_optimizers,
+            )  # fmt: skip
         if self._on_device is not None:
             self._on_device.step(position, found_inf, told=told)
         if told:
@@ -97,6 +112,14 @@ class DeviceRounds:
             self.skips[0] += none
             self.skips[1] = none
         self._progress = torch.where(skipped, self._progress, progress)
+
+
+def _only_initialises() -> bool:
+    """Whether this is the step without gradients by which torch's get_state_dict makes an optimizer's state."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _check(optimizers: Sequence[object]) -> None:

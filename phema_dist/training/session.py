@@ -70,6 +70,15 @@ def _integer(t: int) -> int:
         raise SettingsError(f"t must be an integer, in steps, samples or whatever grows; got {t!r}.") from error
 
 
+def check_resume(resume: bool | int) -> bool | int:
+    """Raise SettingsError unless it is True, False, or a t."""
+    if isinstance(resume, bool):
+        return resume
+    if _integer(resume) < 0:
+        raise SettingsError(f"resume must be True, False, or the t where the model is; got {resume!r}.")
+    return _integer(resume)
+
+
 @dataclass(frozen=True)
 class Found:
     """What rank 0 found in storage: a run to go on with, or what a new one will be."""
@@ -162,9 +171,10 @@ class Session:
         now = self.t + 1 if t is None else _integer(t)
         if now <= self.t:
             raise SettingsError(
-                f"t must grow from call to call: got t={now} after t={self.t}, where the averages are. To go on from "
-                f"an earlier moment, make a new PostHocEMA with resume={now}, which continues from the newest snapshot "
-                "at or before that, or load the training_state that was saved with the model."
+                f"t must grow from call to call: got t={now} at t={self.t}, where the averages are. If you count t, "
+                "count before the update. To go on from an earlier moment, make a new PostHocEMA with "
+                f"resume={now}, which continues from the newest snapshot at or before that, or load the "
+                "training_state that was saved with the model."
             )
         self.t, self._calls, self._counted, self._skips = now, self._calls + 1, t is None, skips
         time = now - self._origin
@@ -263,7 +273,7 @@ def _look(store: Store, ownership: Ownership, settings: Settings, *, resume: boo
         )
     check_sigma_rels(store, run.info, settings)
     _check_same_tensors(store, run.info, wanted)
-    parent = None if newest is None else run.require_newest(None if resume is True else resume)
+    parent = newest if resume is True else run.newest(resume)
     _tell_what_is_lost(run, parent, resume=resume)
     return Found(run.info, is_new=False, parent=parent, next_attempt=run.next_attempt)
 
@@ -275,6 +285,11 @@ def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool |
     for snapshot in run.snapshots:
         if snapshot.problem and t < snapshot.t <= asked:
             _log.warning("%s: cannot go on from t=%d: %s", url, snapshot.t, snapshot.problem)
+    hidden = [s.t for s in run.complete if s.t > t]
+    if hidden:
+        _log.warning(
+            "%s: snapshots at t=%s are hidden from now on, and deleted once the run is beyond them", url, hidden
+        )
     left = [s.t for s in run.abandoned if s.problem is None and t < s.t <= asked and resume is not True]
     if left:
         _log.warning("%s: t=%s was abandoned when an attempt continued from an earlier t", url, left)
@@ -284,10 +299,10 @@ def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool |
             "snapshots and training_state are exact", url, dtype, HALF_ULP[dtype],
         )  # fmt: skip
     if t < asked < float("inf"):
+        start = f"going on from the snapshot at t={t}" if parent else "beginning afresh, there is no earlier snapshot"
         _log.warning(
-            "%s: going on from the snapshot at t=%d; the averages saw nothing of t=%d to %d, unless training_state is "
-            "loaded", url, t, t + 1, asked,
-        )  # fmt: skip
+            "%s: %s; the averages saw nothing of t=%d to %d, unless training_state is loaded", url, start, t + 1, asked
+        )
 
 
 def _start(store: Store, found: Found, world_size: int) -> Attempt:

@@ -80,6 +80,14 @@ class TrainingState(Stateful):
         clock = self._ranks.each(take)
         session.go_on_from(clock, self._ranks)
 
+    def __reduce__(self) -> Any:
+        """Refuse: torch pickles what it does not know how to save in shards."""
+        raise TypeError(
+            "training_state must be an entry of the dict that dcp.save and dcp.load are given. Inside of another "
+            "object or dict, save ema.training_state.state_dict(), and call ema.training_state.load_state_dict(...) "
+            "after loading into such a dict."
+        )
+
     def _held(self, k: int) -> dict[str, tuple[tuple[int, ...], Boxes]]:
         """Profile k of what this rank owns: for each tensor its whole shape, and the boxes with their averages."""
         shapes = {piece.info.fqn: piece.info.shape for s in self._session.segments for piece in s.pieces}
@@ -114,7 +122,7 @@ class BoxedTensor(torch.Tensor):
 
 def _boxed(shape: tuple[int, ...], boxes: Boxes) -> BoxedTensor:
     # One element that is seen everywhere: the right shape and dtype, and a storage that may be copied.
-    seen = torch.empty((), dtype=boxes[0][1].dtype).expand(shape) if math.prod(shape) else torch.empty(shape)
+    seen = torch.zeros((), dtype=boxes[0][1].dtype).expand(shape) if math.prod(shape) else torch.zeros(shape)
     tensor = seen.as_subclass(BoxedTensor)
     tensor.boxes = boxes
     return tensor

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Job = TypeVar("Job")
 _log = logging.getLogger("phema_dist")
 _POLL_SECONDS = 0.01
-_PATIENCE = 8  # snapshots that went well, before more are tried again
+_QUICK = 0.75  # a put that takes up to this share of the time between snapshots keeps up with them
 _LARGEST_EVERY = 1024
 
 
@@ -152,7 +152,8 @@ class Writer:
         self._num_refused = 0  # in a row
         self._last: Update | None = None
         self._unstored: str | None = None  # why the newest snapshot is not in storage
-        self._every, self._taken = 1, 0  # of the snapshots that are due, which ones are taken
+        self._every = 1  # of the snapshots that are due, which ones are taken
+        self._due_at = self._put_seconds = 0.0  # when the last one was due, how long the last one took to put
 
     def start(self, place: Place) -> None:
         """Start the threads."""
@@ -220,18 +221,14 @@ class Writer:
         if self._unstored is not None:
             raise BackgroundError(f"the last snapshot could not be stored: {self._unstored}")
 
-    def abandon(self, timeout: float) -> None:
-        """End the threads after an error elsewhere: store what is queued if that is quick, and raise nothing."""
+    def abandon(self, timeout: float, why: str = "given up") -> None:
+        """End the threads without a last snapshot: store what is queued if that is quick, and raise nothing."""
+        self._warn(0 if self._last is None else self._last.t, f"{why}: storing what is queued, no last snapshot")
         try:
             self.drain(timeout)
         except BackgroundError as error:
             _log.warning("%s", error)
         self._stop()
-
-    def tell_unclosed(self) -> None:
-        """Log that the program ends without `close`."""
-        t = 0 if self._last is None else self._last.t
-        self._warn(t, "the program ends and PostHocEMA was not closed: storing what is queued, no last snapshot")
 
     def _stop(self) -> None:
         _open_writers.discard(self)
@@ -263,6 +260,8 @@ class Writer:
         self._num_refused = self._num_refused + 1 if refused else 0
 
     def _snapshot(self, update: Update, staged: Sequence[torch.Tensor], refused: str | None) -> None:
+        now = time.monotonic()
+        interval, self._due_at = now - self._due_at, now
         if not update.last and update.calls // self._place.checkpoint_every % self._every:
             self.counts.skipped += 1
             return
@@ -273,8 +272,7 @@ class Writer:
                 return
             self._storage.wait_until_fewer(1, _POLL_SECONDS)
         self._snapshot_t = update.t
-        self._taken += 1
-        if self._every > 1 and self._taken % _PATIENCE == 0:
+        while self._every > 1 and self._put_seconds < _QUICK * interval * (self._every // 2):
             self._every //= 2
         if refused is None:
             for fqn in self._buffers.fill(staged):
@@ -288,21 +286,25 @@ class Writer:
         self._storage.submit(manifest)
 
     def _skip(self, t: int) -> None:
-        """Take every other snapshot from now on, and after a while try more again.
+        """Take every other snapshot, until storage keeps up with more again.
 
         Which ones follows from the number of calls: ranks that skip at different moments come to take the same ones,
         without talking, instead of each a snapshot that the others have not.
         """
         self.counts.skipped += 1
-        self._taken = 0
         self._every = min(2 * self._every, _LARGEST_EVERY)
-        self._warn(t, f"no snapshot, storage is busy with the one before; from now on one in {self._every}")
+        self._warn(t, f"no snapshot, storage is busy with the one before; one in {self._every} until it is quicker")
 
     def _warn(self, t: int, text: str) -> None:
         _log.warning("%s, rank %d, t=%d: %s", self._place.store.url, self._place.rank, t, text)
 
     def _store(self, manifest: Manifest) -> None:
         """On the storage thread."""
+        begin = time.monotonic()
+        self._put(manifest)
+        self._put_seconds = time.monotonic() - begin
+
+    def _put(self, manifest: Manifest) -> None:
         place = self._place
         try:
             if place.rank == 0:
@@ -356,7 +358,8 @@ class Writer:
         for snapshot in mine[:-2]:
             if snapshot.problem and snapshot.t not in self._told:
                 self._told.add(snapshot.t)
-                self._warn(snapshot.t, f"incomplete snapshot: {snapshot.problem}. Is update_ called on every rank?")
+                ask = ". Is update_ called on every rank?" if snapshot.unfinished else ""
+                self._warn(snapshot.t, f"incomplete snapshot: {snapshot.problem}{ask}")
 
 
 def _check_not_superseded(place: Place, newest: int) -> None:
@@ -378,8 +381,7 @@ _SECONDS_AT_EXIT = 10.0
 
 def _drain_at_exit() -> None:
     for writer in list(_open_writers):
-        writer.tell_unclosed()
-        writer.abandon(_SECONDS_AT_EXIT)
+        writer.abandon(_SECONDS_AT_EXIT, "the program ends and PostHocEMA was not closed")
 
 
 # Private, but there is no other moment: when atexit runs, storage clients can no longer start the threads they need.
