@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from phema_dist.storage.store import Store
     from phema_dist.training.state import TrainingState
+
+_log = logging.getLogger("phema_dist")
 
 
 class PostHocEMA:
@@ -361,6 +364,10 @@ class PostHocEMA:
         self._closed = True
         if self._attachment is not None:
             self._attachment.remove()
+            if not self._attachment.num_rounds:
+                _log.warning(
+                    "%s: the attached optimizers made no round of steps; nothing was averaged", self._store.url
+                )
 
 
 _SECONDS_AFTER_ERROR = 10.0

@@ -18,6 +18,7 @@ from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_state
 from phema_dist.synthesis.recipe import Recipe, announce, plan, stored_recipe
 from phema_dist.synthesis.stream import stream
 from phema_dist.training.layout import Layout, read_layout, select
+from phema_dist.training.ownership import tell_apart
 from phema_dist.training.swap import swapped
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def check_same_t(ranks: Ranks, session: Session, *, closed: bool) -> None:
             f"update_ must be called on every rank with the same t; their last ones are {ts}. Snapshots of ranks that "
             "disagree are never complete."
         )
+    tell_apart(session.assumed, ranks)
 
 
 def _check_all_are_held(ranks: Ranks, layout: Layout, names: Sequence[str], prefix: str) -> None:

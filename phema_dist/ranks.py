@@ -25,6 +25,13 @@ class Ranks:
     size: int
     group: dist.ProcessGroup | None
 
+    def local(self, global_rank: int) -> int | None:
+        """The number of a process in this group, or None outside of it."""
+        if self.group is None:
+            return 0
+        members = dist.get_process_group_ranks(self.group)
+        return members.index(global_rank) if global_rank in members else None
+
     def gather(self, value: T) -> list[T]:
         """Collective: the `value` of every rank, by rank, on every rank."""
         if self.group is None:

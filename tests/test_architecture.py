@@ -14,8 +14,8 @@ ORDER = [
     "errors", "profile", "schedule", "shard", "ranks",
     "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
     "storage.run",
-    "training.wrappers", "training.layout", "training.ownership", "training.device", "training.staging",
-    "training.tracker", "training.buffers", "training.writer", "training.session", "training.attach", "training.state",
+    "training.parts", "training.wrappers", "training.layout", "training.ownership", "training.device",
+    "training.staging", "training.tracker", "training.buffers", "training.writer", "training.session", "training.attach", "training.state",
     "training.swap",
     "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.consolidate",
     "plot", "evaluation", "ema", "cli",
@@ -31,7 +31,7 @@ OWNERS = {
     "tqdm": {"cli"},
     "concurrent": {"synthesis.stream"},
     "pickle": set(),
-    "torch.distributed": {"ranks", "training.wrappers", "training.state", "ema"},
+    "torch.distributed": {"ranks", "training.parts", "training.wrappers", "training.state", "ema"},
 }
 
 

@@ -291,7 +291,7 @@ def test_time_must_grow(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     with PostHocEMA.from_model(model, tmp_path / "run") as ema:
         ema.update_(model, t=50)
-        with pytest.raises(SettingsError, match=r"got t=50 after t=50.*resume=50"):
+        with pytest.raises(SettingsError, match=r"got t=50 at t=50.*resume=50"):
             ema.update_(model, t=50)
     with pytest.raises(SettingsError, match="closed"):
         ema.update_(model)

@@ -320,6 +320,8 @@ def evaluation(model: nn.Module, *, aborted: bool) -> Iterator[None]:
     """An average in the model, as PostHocEMA.model puts it there; the way out must not communicate."""
     layout, wanted = read_layout(model), averaged()
     state = wanted.state_dict()
+    if isinstance(model, FSDPModule):
+        model.unshard(async_op=True)  # gathers the model's own, ahead of the next forward
     with ExitStack() as stack:
         write = stack.enter_context(swapped(model, layout, ALONE))
         for tensor in layout.tensors:
@@ -339,6 +341,8 @@ def evaluation(model: nn.Module, *, aborted: bool) -> Iterator[None]:
             handle.remove()
         stack.enter_context(no_collectives())
         yield
+    if hasattr(model, "reset_iter_state"):  # the next forward must not take itself for a part of the one that was left
+        assert model._get_fsdp_state()._state_ctx.iter_forward_root is None
 
 
 @offload_without_accelerator()

@@ -210,6 +210,10 @@ def _checkpoint_file(
 
         def write(fqn: str, box: Box, values: torch.Tensor) -> None:
             cast = values.to(dtypes[fqn])
+            if cast.dtype != values.dtype and not bool(cast.isfinite().all()) and bool(values.isfinite().all()):
+                raise SettingsError(
+                    f"{fqn} exceeds the range of {str(cast.dtype)[6:]}; write the average in bfloat16 or float32."
+                )
             for start in starts[fqn]:
                 _write_box(fd, len(header) + start, box, whole(info.tensors[fqn].shape), cast)
 

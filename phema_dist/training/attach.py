@@ -44,6 +44,7 @@ class Attachment:
         self._num_optimizers = len(optimizers)
         self._progress = 0  # how many have stepped in turn, or fewer if a device skipped some
         self._num_in_vain = 0  # steps since the last round
+        self.num_rounds = 0
         self._on_device: DeviceRounds | None = None
         self._handles = [
             handle
@@ -76,6 +77,7 @@ class Attachment:
             found_inf = None
         self._progress = position + 1 if position in (0, self._progress) else 0
         told = self._progress == self._num_optimizers
+        self.num_rounds += told
         self._num_in_vain = 0 if told else self._num_in_vain + 1
         if self._num_in_vain == _MANY_STEPS:
             _log.warning(

@@ -37,8 +37,8 @@ class SnapshotBuffers:
         """Copy the averages, and buffers of the model from a staging slot, into `files`.
 
         Returns:
-            The names of tensors whose averages no longer fit into `checkpoint_dtype`: from now on they are stored as
-            float32.
+            The names of tensors whose averages are beyond the range of `checkpoint_dtype`, too large for it or too
+            small to keep its digits: from now on they are stored as float32.
         """
         widened = self._widen()
         for sources, targets in zip(self._sources, self._targets, strict=True):
@@ -72,12 +72,16 @@ class SnapshotBuffers:
         return self._narrow if narrow else segment.average_dtype
 
     def _widen(self) -> list[str]:
-        largest = torch.finfo(self._narrow).max
+        if self._narrow == torch.float32:
+            return []
         found = set()
         for averages, views in zip(self._tracker.averages, self._sources, strict=True):
             for s, (segment, flat, pieces) in enumerate(zip(self._tracker.segments, averages, views, strict=True)):
-                if segment.average_dtype == torch.float32 and self._narrow != torch.float32 and _exceeds(flat, largest):
-                    found |= {(s, p) for p, piece in enumerate(pieces) if _exceeds(piece, largest)}
+                if segment.average_dtype != torch.float32:
+                    continue
+                if _exceeds(flat, self._narrow):
+                    found |= {(s, p) for p, piece in enumerate(pieces) if _exceeds(piece, self._narrow)}
+                found |= {(s, p) for p in _vanishing(pieces, self._narrow)}
         new = sorted(found - self._wide)
         if new:
             self._wide |= found
@@ -85,8 +89,16 @@ class SnapshotBuffers:
         return [self._segments[s].pieces[p].info.fqn for s, p in new]
 
 
-def _exceeds(tensor: torch.Tensor, largest: float) -> bool:
+def _exceeds(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     if not tensor.numel():
         return False
     low, high = torch.aminmax(tensor)
-    return max(-float(low), float(high)) > largest
+    return max(-float(low), float(high)) > torch.finfo(dtype).max
+
+
+def _vanishing(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[int]:
+    """Which tensors are so small, as a rule, that they have fewer digits than others: 2^-14 in float16."""
+    norms = torch.stack(torch._foreach_norm(tensors)) if tensors else torch.empty(0)  # noqa: SLF001  one call, not 5 000
+    rms = norms / torch.tensor([max(1, tensor.numel()) for tensor in tensors]).sqrt()
+    small: list[int] = ((rms > 0) & (rms < torch.finfo(dtype).tiny)).nonzero().flatten().tolist()
+    return small

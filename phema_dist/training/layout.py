@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, M
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from operator import is_not
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,10 +17,11 @@ from torch import nn
 from phema_dist.errors import LayoutError
 from phema_dist.storage.manifest import BUFFER, PARAMETER
 from phema_dist.storage.snapshot import AVERAGE_DTYPES, DTYPE_NAMES
-from phema_dist.training.wrappers import Found, Part, reshard, walk
+from phema_dist.training.wrappers import kin, reshard, walk
 
 if TYPE_CHECKING:
     from phema_dist.shard import Box
+    from phema_dist.training.parts import Found, Part
 
 # A buffer may come as nn.Buffer; whatever else is no plain tensor may hold its values in another way than it shows.
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
@@ -85,11 +86,8 @@ class Layout:
     infos: dict[str, TensorInfo]
     tensors: tuple[LocalTensor, ...]
     aliases: dict[str, str]  # further name -> the name it is stored under
+    kin: frozenset[int] = frozenset()  # processes that hold parts or replicas of it, as wrappers say
     census: Census | None = None
-
-    def table(self) -> tuple[Any, ...]:
-        """The layout as plain values, equal for equal layouts: what is compared and exchanged."""
-        return tuple((t.info, t.box, t.replicated) for t in self.tensors), tuple(sorted(self.aliases.items()))
 
     def check_unchanged(self) -> None:
         """Raise LayoutError if the model has got parameters or other modules since; `LocalTensor.local` sees the rest.
@@ -130,7 +128,7 @@ class Census:
         modules = list(self._model.modules())
         parameters = [module._parameters for module in modules]  # noqa: SLF001
         children = [module._modules for module in modules]  # noqa: SLF001
-        self._all: list[dict[str, Any]] = [*parameters, *children]
+        self._all: list[Mapping[str, object]] = [*parameters, *children]
         self._containers = [each for each in children if each]
         self._with_gaps = [each for each in parameters if any(tensor is None for tensor in each.values())]
         self._counted = self._count()
@@ -172,7 +170,7 @@ def read_layout(
             continue
         infos[found.fqn] = info = _info(found)
         tensors.extend(LocalTensor(info, box, found.replicated, found.is_parameter, p) for box, p in found.parts())
-    return Layout(infos, tuple(tensors), aliases, Census(model, find))
+    return Layout(infos, tuple(tensors), aliases, frozenset(kin(model)), Census(model, find))
 
 
 def select(

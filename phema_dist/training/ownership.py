@@ -11,6 +11,7 @@ same notice that by a digest, and the lowest of them speaks for all.
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
     from phema_dist.training.layout import Layout, LocalTensor
 
+_log = logging.getLogger("phema_dist")
 _BOXES_AT_ONCE = 1 << 16  # in a chunk of tensors, if every rank holds one box of each
 _OF_RANK = 1001  # a seed
 _MANY_RANKS = 16  # more of them are not listed one by one
@@ -80,6 +82,7 @@ class Ownership:
     tensors: tuple[TensorInfo, ...]
     aliases: dict[str, str]
     pieces: tuple[Piece, ...]
+    assumed: tuple[LocalTensor, ...]  # taken for replicas because they were equal on all ranks, no wrapper says so
 
 
 @dataclass(eq=False)
@@ -116,9 +119,36 @@ def agree(layout: Layout, ranks: Ranks) -> Ownership:
         return pack(table_of(sources, _num_dims(tensors)), len(tensors), ranks.size)
 
     groups = group_boxes(tensors, *_tell(ranks, say), ranks.rank)
-    _check_replicas(tensors, groups, sources, ranks)
+    assumed = _check_replicas(tensors, groups, sources, ranks, _family(layout.kin, ranks))
     owned = sorted(_share_out(tensors, groups, ranks))
-    return Ownership(tensors, aliases, tuple(Piece(sources[i, held], box) for i, box, held in owned))
+    return Ownership(tensors, aliases, tuple(Piece(sources[i, held], box) for i, box, held in owned), assumed)
+
+
+def tell_apart(assumed: Sequence[LocalTensor], ranks: Ranks) -> None:
+    """Collective: warn if tensors that were taken for replicas are no longer equal on all ranks."""
+    if ranks.size == 1 or len(set(ranks.together(lambda: _digest(assumed)))) == 1:
+        return
+    each = ranks.together(lambda: [_digest([tensor]) for tensor in assumed])
+    odd = [tensor for k, tensor in enumerate(assumed) if len({digests[k] for digests in each}) > 1]
+    if ranks.rank == 0:
+        _log.warning(
+            "%d plain tensors were equal on all ranks at construction and taken for replicas, but are not any more; "
+            "the first is %s: its average mixes rows of several ranks. Different modules need a prefix, and a new run.",
+            len(odd), odd[0].info.fqn,
+        )  # fmt: skip
+
+
+def _family(kin: Iterable[int], ranks: Ranks) -> set[int]:
+    """Collective: the ranks that hold this rank's model with it, as far as wrappers name each other's ranks."""
+    answers, by = _tell(ranks, lambda: [json.dumps(sorted(kin)).encode()])
+    families: list[set[int]] = []
+    for (answer,), sayers in zip(answers, by, strict=True):
+        named = {local for rank in json.loads(answer) if (local := ranks.local(rank)) is not None}
+        # Plain modules name nobody, so those who say nothing have nothing in common.
+        for family in [named | set(sayers)] if named else [{rank} for rank in sayers]:
+            joined = family.union(*(other for other in families if other & family))
+            families = [other for other in families if not other & family] + [joined]
+    return next(family for family in families if ranks.rank in family)
 
 
 def _tell(ranks: Ranks, say: Callable[[], list[bytes]]) -> tuple[list[list[bytes]], list[tuple[int, ...]]]:
@@ -263,24 +293,39 @@ def _check_cover(
 
 
 def _check_replicas(
-    tensors: Sequence[TensorInfo], groups: Sequence[Group], sources: Mapping[tuple[int, Box], LocalTensor], ranks: Ranks
-) -> None:
-    """Collective: what several ranks hold must be equal to the last bit now, or it would never be one average."""
+    tensors: Sequence[TensorInfo],
+    groups: Sequence[Group],
+    sources: Mapping[tuple[int, Box], LocalTensor],
+    ranks: Ranks,
+    family: set[int],
+) -> tuple[LocalTensor, ...]:
+    """Collective: what several ranks hold must be equal to the last bit now, or it would never be one average.
+
+    Returns what is taken for replicas only because it is equal on all ranks.
+    """
     shapes = [tensor.shape for tensor in tensors]
     shared = {n: group for n, group in enumerate(groups) if len(group.ranks) > 1}
     mine = {n: [sources[place] for place in boxes_of(g.table, shapes)] for n, g in shared.items() if g.tables}
 
+    strays = {n: [t for t in r if not (t.replicated and family >= set(shared[n].ranks))] for n, r in mine.items()}
+
     def digests() -> dict[int, bytes]:
-        for n, replicas in mine.items():
-            stray = next((t for t in replicas if not t.replicated and len(shared[n].ranks) < ranks.size), None)
-            if stray is not None:
+        for n, found in strays.items():
+            if found and len(shared[n].ranks) < ranks.size:
+                stray = found[0]
                 raise _not_replicas(stray, shared[n].ranks, ranks.size, "it missing on the others")
         return {n: _digest(replicas) for n, replicas in mine.items()}
 
     by_rank = ranks.together(digests)
     odd = [n for n, group in shared.items() if len({by_rank[rank][n] for rank in group.ranks}) > 1]
     if not odd:
-        return
+        assumed = tuple(t for found in strays.values() for t in found if t.info.kind == PARAMETER)
+        if assumed and ranks.rank == 0:
+            _log.warning(
+                "%d plain tensors, the first is %s, are equal on all ranks and taken for replicas. If they are "
+                "different modules (local experts), give each a prefix.", len(assumed), assumed[0].info.fqn,
+            )  # fmt: skip
+        return assumed
     replicas, by = mine.get(odd[0], []), shared[odd[0]].ranks
     each = ranks.together(lambda: [_digest([tensor]) for tensor in replicas])
 
@@ -292,6 +337,7 @@ def _check_replicas(
                 )
 
     ranks.together(name)
+    raise AssertionError("what differs as a whole differs somewhere")
 
 
 def _not_replicas(tensor: LocalTensor, by: Sequence[int], num_ranks: int, found: str) -> LayoutError:
@@ -301,9 +347,9 @@ def _not_replicas(tensor: LocalTensor, by: Sequence[int], num_ranks: int, found:
             f"{found}, in {tensor.box} of shape {tensor.info.shape}. {_APART} start them from the same values."
         )
     return LayoutError(
-        f"{tensor.info.fqn} {tensor.info.shape} is a whole, plain tensor on ranks {_listed(by)} of {num_ranks}, and no "
-        f"group calls them replicas: they must be equal on all ranks; found {found}. {_APART} wrap the model in DDP "
-        "before."
+        f"{tensor.info.fqn} {tensor.info.shape} is the same part of a tensor on ranks {_listed(by)} of {num_ranks}, "
+        f"and no DDP or mesh calls them replicas: they must be equal on all ranks; found {found}. {_APART} wrap the "
+        "model in DDP, or in one mesh, before."
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from phema_dist import schedule
-from phema_dist.errors import RunError, SettingsError, StorageError
+from phema_dist.errors import LayoutError, RunError, SettingsError, StorageError
 from phema_dist.profile import UpdateHistory, sigma_rel_to_gamma
 from phema_dist.storage import run as runs
 from phema_dist.storage.manifest import FORMAT, Attempt, RunInfo, TensorFacts, attempt_key, from_json
@@ -114,6 +114,7 @@ class Session:
         self, model: nn.Module, layout: Layout, ownership: Ownership, settings: Settings, found: Found
     ) -> None:
         self.info, self.parent, self.t = found.info, found.parent, 0
+        self.assumed = ownership.assumed
         self._calls, self._settings, self._origin = 0, settings, found.info.origin
         self._model, self._layout = model, layout
         self._shapes = {fqn: info.shape for fqn, info in layout.infos.items()}
@@ -151,15 +152,17 @@ class Session:
             self.tracker.history.knots, attempt.number, attempt.token,
         )  # fmt: skip
 
-    def go_on_from(self, clock: Clock, ranks: Ranks) -> None:
-        """Collective: go on from averages that were put into the tracker, as a new attempt."""
-        place = self.place
-        attempt = ranks.on_first(lambda: _start_from(place.store, clock, ranks.size))
+    def begin_from(self, clock: Clock, ranks: Ranks) -> Attempt:
+        """Collective: a new attempt, which goes on from a training checkpoint."""
+        return ranks.on_first(lambda: _start_from(self.place.store, clock, ranks.size))
+
+    def go_on_from(self, clock: Clock, attempt: Attempt) -> None:
+        """Go on from averages that were put into the tracker, as this attempt."""
         self.t, self._calls, self._last_time = clock.t, clock.calls, clock.last_update
         if self._skips is not None:
             self._skips.zero_()
         self.tracker.restore(UpdateHistory(clock.updates))
-        self.place = replace(place, attempt=attempt)
+        self.place = replace(self.place, attempt=attempt)
         self.writer.go_on(self.place)
 
     def update(self, model: nn.Module | None, t: int | None, skips: torch.Tensor | None = None) -> None:
@@ -195,6 +198,8 @@ class Session:
             layout = read_layout(model, among=self._shapes if partial else None, prefix=self._settings.prefix)
             self._layout = layout = select(layout, self._shapes, partial=partial)
             found = {(tensor.info.fqn, tensor.box): tensor for tensor in layout.tensors}
+            if not all((piece.info.fqn, piece.source.box) in found for pieces in self._pieces for piece in pieces):
+                raise LayoutError("the model must be sharded as the one of the constructor; pass that one, or none.")
             self._pieces = [
                 tuple(Piece(found[piece.info.fqn, piece.source.box], piece.box) for piece in pieces)
                 for pieces in self._pieces
@@ -285,14 +290,13 @@ def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool |
     for snapshot in run.snapshots:
         if snapshot.problem and t < snapshot.t <= asked:
             _log.warning("%s: cannot go on from t=%d: %s", url, snapshot.t, snapshot.problem)
-    hidden = [s.t for s in run.complete if s.t > t]
-    if hidden:
+    _tell_what_is_hidden(run, t)
+    if left := [s.t for s in run.abandoned if s.problem is None and t < s.t <= asked]:
+        newest = run.attempts[-1]
         _log.warning(
-            "%s: snapshots at t=%s are hidden from now on, and deleted once the run is beyond them", url, hidden
-        )
-    left = [s.t for s in run.abandoned if s.problem is None and t < s.t <= asked and resume is not True]
-    if left:
-        _log.warning("%s: t=%s was abandoned when an attempt continued from an earlier t", url, left)
+            "%s: snapshots at t=%s stay hidden, because attempt %d went on from t=%d",
+            url, left, newest.number, newest.t,
+        )  # fmt: skip
     if parent is not None and (dtype := parent.manifests[0].dtype) != "F32":
         _log.warning(
             "%s: going on from averages that were stored as %s, each rounded by up to %.2g of itself; float32 "
@@ -317,7 +321,21 @@ def _start_from(store: Store, clock: Clock, world_size: int) -> Attempt:
     """On rank 0: write down that this job goes on from a training checkpoint, and which snapshots led to it."""
     run = runs.open_run(store)
     known = any((a.number, a.token) == (clock.attempt, clock.token) for a in run.attempts)
+    if not known and run.complete:
+        raise RunError(
+            f"training_state must come from this run: {store.url} has complete snapshots up to t={run.complete[-1].t}, "
+            "and the attempt that saved the state is not one of its own. Use the run's checkpoint_dir, or an empty one."
+        )
+    _tell_what_is_hidden(run, clock.t)
     return runs.start_attempt(store, world_size, run.next_attempt, clock.attempt if known else None, clock.t)
+
+
+def _tell_what_is_hidden(run: runs.Run, t: int) -> None:
+    if hidden := [s.t for s in run.complete if s.t > t]:
+        _log.warning(
+            "%s: going on from t=%d hides the snapshots at t=%s; they are deleted when the run is beyond them",
+            run.store.url, t, hidden,
+        )  # fmt: skip
 
 
 def check_sigma_rels(store: Store, info: RunInfo, settings: Settings) -> None:

@@ -6,6 +6,7 @@ same moment and in full precision; they come back on any number of ranks, any me
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.stateful import Stateful
 
-from phema_dist.errors import RunError
+from phema_dist.errors import RunError, SettingsError
 from phema_dist.storage.manifest import from_json, to_json
 from phema_dist.training.session import Clock
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from phema_dist.shard import Box
     from phema_dist.training.session import Session
 
+_log = logging.getLogger("phema_dist")
 Boxes = Sequence[tuple["Box", torch.Tensor]]
 
 
@@ -34,51 +36,86 @@ class TrainingState(Stateful):
         self._session, self._ranks = session, ranks
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the averages as they are after the last `update_`, and the clock. Does not communicate.
+        """A copy of the averages as they are after the last `update_`, and the clock. Collective, as `dcp.save` is.
 
-        Waits until the averages have taken in what is queued. The copy is the caller's: it may be written while
-        training goes on (`dcp.async_save`).
+        Waits until the averages have taken in what is queued, not for storage. The copy is the caller's: it may be
+        written while training goes on (`dcp.async_save`).
+
+        Raises:
+            SettingsError: `update_` was not called with the same t on every rank.
         """
-        clock = self._session.settle()
+        clock = self._settle_together()
         averages = {
-            f"sigma_rel-{sigma_rel!r}": {
-                fqn: _boxed(shapes, [(box, view.clone()) for box, view in boxes])
-                for fqn, (shapes, boxes) in self._held(k).items()
+            _entry(sigma_rel): {
+                fqn: _boxed(shape, [(box, view.clone()) for box, view in boxes])
+                for fqn, (shape, boxes) in self._held(k).items()
             }
             for k, sigma_rel in enumerate(self._session.info.sigma_rels)
         }
         return {"averages": averages, "clock": to_json(clock).decode()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from these averages instead of those that the job began with. Collective.
+        """Go on from these averages instead of those that the job began with; all ranks do, or none. Collective.
 
         What this rank owns is in `state_dict` after `dcp.load`. The run gets a new attempt: snapshots later than the
         state are hidden from now on.
 
         Raises:
-            RunError: the state was saved by a run with other sigma_rels or another origin of t.
+            RunError: the state was saved by a run with other sigma_rels or another origin of t, or by the run of
+                another folder while this one has snapshots, or it was not filled by `dcp.load`.
         """
-        session = self._session
+        clock, copies = self._ranks.each(lambda: self._check(state_dict))
+        attempt = self._session.begin_from(clock, self._ranks)
+        for view, values in copies:  # nothing can fail any more
+            view.copy_(values)
+        self._session.go_on_from(clock, attempt)
 
-        def take() -> Clock:
-            clock = from_json(Clock, str(state_dict["clock"]).encode(), "the clock of training_state")
-            info = session.info
-            if (clock.sigma_rels, clock.origin) != (info.sigma_rels, info.origin):
-                raise RunError(
-                    f"training_state must come from a run with sigma_rels {info.sigma_rels} and update_after_step "
-                    f"{info.origin}; it has {clock.sigma_rels} and {clock.origin}. Load it without its `ema` entry, or "
-                    "begin a new run with the settings of the old one."
-                )
-            session.writer.drain()
-            for k, sigma_rel in enumerate(info.sigma_rels):
-                loaded = state_dict["averages"][f"sigma_rel-{sigma_rel!r}"]
-                for fqn, (_, boxes) in self._held(k).items():
-                    for (_, view), (_, values) in zip(boxes, loaded[fqn].boxes, strict=True):
-                        view.copy_(values)
-            return clock
+    def _settle_together(self) -> Clock:
+        """Collective: wait for the averages, and compare where they stand."""
+        found: list[Clock] = []
 
-        clock = self._ranks.each(take)
-        session.go_on_from(clock, self._ranks)
+        def settle() -> tuple[int, int]:
+            found.append(self._session.settle())
+            return found[0].t, self._session.tracker.t
+
+        times = self._ranks.together(settle)
+        if len({t for t, _ in times}) > 1:
+            raise SettingsError(
+                f"update_ must be called on every rank with the same t; their last ones are {[t for t, _ in times]}."
+            )
+        if len({updated for _, updated in times}) > 1 and self._ranks.rank == 0:
+            _log.warning(
+                "training_state at t=%d is not exact: parameters are not finite on some ranks, whose averages end at "
+                "an earlier update", found[0].t,
+            )  # fmt: skip
+        return found[0]
+
+    def _check(self, state: Mapping[str, Any]) -> tuple[Clock, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Where the state stands, and what goes where; all that can be wrong with it is found here."""
+        info = self._session.info
+        if not isinstance(state, Mapping) or not {"clock", "averages"} <= state.keys():
+            raise RunError("training_state must be loaded from what its state_dict() made; this is something else.")
+        clock = from_json(Clock, str(state["clock"]).encode(), "the clock of training_state")
+        if (clock.sigma_rels, clock.origin) != (info.sigma_rels, info.origin):
+            raise RunError(
+                f"training_state must come from a run with sigma_rels {info.sigma_rels} and update_after_step "
+                f"{info.origin}; it has {clock.sigma_rels} and {clock.origin}. Load the checkpoint without its `ema` "
+                "entry, or begin a new run with the settings of the old one."
+            )
+        self._session.writer.drain()
+        copies = []
+        for k, sigma_rel in enumerate(info.sigma_rels):
+            loaded = state["averages"].get(_entry(sigma_rel), {})
+            for fqn, (_, boxes) in self._held(k).items():
+                found = getattr(loaded.get(fqn), "boxes", ())
+                if [(box, view.dtype) for box, view in boxes] != [(box, values.dtype) for box, values in found]:
+                    raise RunError(
+                        f"training_state must be filled by dcp.load on this rank; its {fqn} holds other parts than "
+                        "this rank owns. A state_dict that another rank, or another job, saved without DCP cannot be "
+                        "loaded."
+                    )
+                copies += [(view, values) for (_, view), (_, values) in zip(boxes, found, strict=True)]
+        return clock, copies
 
     def __reduce__(self) -> Any:
         """Refuse: torch pickles what it does not know how to save in shards."""
@@ -92,6 +129,10 @@ class TrainingState(Stateful):
         """Profile k of what this rank owns: for each tensor its whole shape, and the boxes with their averages."""
         shapes = {piece.info.fqn: piece.info.shape for s in self._session.segments for piece in s.pieces}
         return {fqn: (shapes[fqn], boxes) for fqn, boxes in self._session.tracker.boxes()[k].items()}
+
+
+def _entry(sigma_rel: float) -> str:
+    return f"sigma_rel-{sigma_rel!r}"
 
 
 class BoxedTensor(torch.Tensor):

@@ -153,6 +153,7 @@ class Writer:
         self._last: Update | None = None
         self._unstored: str | None = None  # why the newest snapshot is not in storage
         self._every = 1  # of the snapshots that are due, which ones are taken
+        self._hurried = False  # training waits for the averages
         self._due_at = self._put_seconds = 0.0  # when the last one was due, how long the last one took to put
 
     def start(self, place: Place) -> None:
@@ -189,8 +190,12 @@ class Writer:
         self._staging.fence()
 
     def settle(self) -> None:
-        """Wait until everything queued is in the averages."""
-        self._averages.wait_until_fewer(1)
+        """Wait until everything queued is in the averages; not for storage, so a snapshot may be skipped."""
+        self._hurried = True
+        try:
+            self._averages.wait_until_fewer(1)
+        finally:
+            self._hurried = False
 
     def go_on(self, place: Place) -> None:
         """Write as another attempt from now on; nothing may be queued."""
@@ -267,7 +272,7 @@ class Writer:
             return
         # The buffers of the snapshot before may still be on their way. Wait for them, but never let training wait.
         while self._storage.num_pending:
-            if self._averages.num_pending >= NUM_SLOTS:
+            if self._hurried or self._averages.num_pending >= NUM_SLOTS:
                 self._skip(update.t)
                 return
             self._storage.wait_until_fewer(1, _POLL_SECONDS)
@@ -276,7 +281,9 @@ class Writer:
             self._every //= 2
         if refused is None:
             for fqn in self._buffers.fill(staged):
-                self._warn(update.t, f"{fqn}: an average exceeds the range of {self._dtype}; stored as F32 from now on")
+                self._warn(
+                    update.t, f"{fqn}: its averages exceed the range of {self._dtype}; stored as F32 from now on"
+                )
         place = self._place
         manifest = Manifest(
             FORMAT, update.t, place.attempt.number, place.attempt.token, place.rank, place.attempt.world_size,
@@ -334,7 +341,7 @@ class Writer:
         place = self._place
         run = runs.open_run(place.store, self._known)
         _check_not_superseded(place, run.attempts[-1].number if run.attempts else -1)
-        self._tell_incomplete(run)
+        self._tell_incomplete(run, t)
         newest = run.newest()
         if newest is None:
             return
@@ -352,9 +359,9 @@ class Writer:
         for snapshot in unwanted:
             runs.delete_snapshot(place.store, snapshot.folder)
 
-    def _tell_incomplete(self, run: runs.Run) -> None:
-        """Warn of snapshots of this attempt that should be complete by now: older than the two newest."""
-        mine = [s for s in run.snapshots if s.attempt == self._place.attempt.number]
+    def _tell_incomplete(self, run: runs.Run, t: int) -> None:
+        """Warn of snapshots of this attempt that should be complete by now: older than the two newest up to t."""
+        mine = [s for s in run.snapshots if s.attempt == self._place.attempt.number and s.t <= t]
         for snapshot in mine[:-2]:
             if snapshot.problem and snapshot.t not in self._told:
                 self._told.add(snapshot.t)
