@@ -88,6 +88,10 @@ class PlayedRanks(Ranks):
 
     script: Iterator[Callable[[Any], list[Any]]]
 
+    def local(self, global_rank: int) -> int:
+        """All processes are in the group."""
+        return global_rank
+
     def gather(self, value: Any) -> list[Any]:
         """What the script says that all ranks sent."""
         return next(self.script)(value)
@@ -105,6 +109,8 @@ def script(world: World, layout: Layout, packing_seconds: list[float]) -> Iterat
     yield lambda mine: [(digest, None) for digest in digests[: world.size if mine[0] in digests else 0]]
     first = [digests.index(digest) == rank for rank, digest in enumerate(digests)]
     yield lambda _: [chunks if speaks else [] for chunks, speaks in zip(packed, first, strict=True)]
+    yield lambda mine: [mine] * world.size  # a digest of the ranks that wrappers name
+    yield lambda _: [[json.dumps(sorted(layout.kin)).encode()], *[[]] * (world.size - 1)]
     yield lambda mine: [(defaultdict(bytes, mine[0]), None)] * world.size  # digests of replicas
 
 
@@ -131,7 +137,7 @@ def measure(world: World, rank: int) -> dict[str, float]:
     infos = world.infos()
     held = boxes_of(next(islice(world.tables(), rank, None)), [info.shape for info in infos])
     tensors = tuple(cast("LocalTensor", Held(infos[i], box)) for i, box in held)
-    layout = Layout({info.fqn: info for info in infos}, tensors, {})
+    layout = Layout({info.fqn: info for info in infos}, tensors, {}, frozenset(range(world.size)))
     packing_seconds: list[float] = []
     ranks = PlayedRanks(rank, world.size, None, script(world, layout, packing_seconds))
     before, begin = timing.resident_bytes(), time.perf_counter()

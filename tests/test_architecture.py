@@ -15,8 +15,8 @@ ORDER = [
     "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
     "storage.run",
     "training.parts", "training.wrappers", "training.layout", "training.ownership", "training.device",
-    "training.staging", "training.tracker", "training.buffers", "training.writer", "training.session", "training.attach", "training.state",
-    "training.swap",
+    "training.staging", "training.tracker", "training.buffers", "training.writer", "training.session",
+    "training.attach", "training.state", "training.swap",
     "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.consolidate",
     "plot", "evaluation", "ema", "cli",
 ]  # fmt: skip

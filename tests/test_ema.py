@@ -396,7 +396,7 @@ def test_a_job_that_restarts_before_the_first_snapshot_begins_afresh(
     model = trained(tmp_path / "run", num_steps=30)
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=3) as ema:
         assert ema.t == 3
-        assert "t=[10, 20, 30] are hidden" in caplog.text
+        assert "hides the snapshots at t=[10, 20, 30]" in caplog.text
         assert "beginning afresh" in caplog.text
         run = open_run(open_store(tmp_path / "run"))
         assert (run.complete, [s.t for s in run.abandoned]) == ((), [10, 20, 30])
@@ -621,7 +621,7 @@ def test_an_average_beyond_the_checkpoint_dtype_is_stored_as_float32_and_noted(
     ema._session.writer.drain()
     ema.update_(model)
     ema.close()
-    noted = [message for message in caplog.messages if "exceeds the range" in message]
+    noted = [message for message in caplog.messages if "exceed the range" in message]
     assert len(noted) == 1
     assert "1.weight" in noted[0]
     newest = next((tmp_path / "run").glob("snapshots/*3-a0/sigma_rel-0.28/*.safetensors"))
@@ -632,6 +632,21 @@ def test_an_average_beyond_the_checkpoint_dtype_is_stored_as_float32_and_noted(
         assert all(bool(tensor.isfinite().all()) for tensor in found.state_dict.values())
     expected = ema._session.tracker.boxes()[1]["1.weight"][0][1]
     assert torch.equal(found.state_dict["1.weight"], expected)
+
+
+def test_averages_too_small_for_float16_are_stored_as_float32(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(4, 4) * 1e-6)  # a layer scale
+        model[2].bias.zero_()  # zero is zero
+    settings = {"update_every": 1, "checkpoint_every": 1, "checkpoint_dtype": torch.float16}
+    with PostHocEMA.from_model(model, tmp_path / "run", **settings) as ema:  # type: ignore[arg-type]
+        ema.update_(model)
+    (file,) = (tmp_path / "run").glob("snapshots/*/sigma_rel-0.28/*.safetensors")
+    stored = {name: tensor.dtype for name, tensor in load_file(file).items()}
+    assert {name for name, dtype in stored.items() if dtype == torch.float32} == {"1.weight"}
+    (found,) = synthesize(tmp_path / "run", [0.28])
+    assert torch.equal(found.state_dict["1.weight"], model[1].weight)
 
 
 def test_doubling_the_batch_and_changing_the_cadence_keep_the_width(tmp_path: Path) -> None:

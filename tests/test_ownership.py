@@ -58,6 +58,9 @@ class ThreadRanks(Ranks):
     messages: list[bytes]
     sent: list[int] = field(default_factory=list)  # bytes of each message of this rank
 
+    def local(self, global_rank: int) -> int | None:
+        return global_rank if global_rank < self.size else None
+
     def gather(self, value: Any) -> list[Any]:
         self.messages[self.rank] = pickle.dumps(value)
         self.sent.append(len(self.messages[self.rank]))
@@ -120,7 +123,8 @@ def layout(
     """A rank's layout; `infos` are those of which nothing lies here."""
     tensors = tuple(tensors)
     known = {info.fqn: info for info in [*(tensor.info for tensor in tensors), *infos]}
-    return Layout(known, cast("tuple[LocalTensor, ...]", tensors), dict(aliases or {}))
+    kin = frozenset(range(64)) if any(tensor.replicated for tensor in tensors) else frozenset[int]()
+    return Layout(known, cast("tuple[LocalTensor, ...]", tensors), dict(aliases or {}), kin)
 
 
 def rows(info: TensorInfo, part: int, num_parts: int) -> list[Held]:
@@ -436,13 +440,13 @@ MISTAKES: dict[str, tuple[Callable[[], list[Layout]], str]] = {
     "a bit of a shard": (lambda: one_bit_of_a_shard(5), r"b must be equal on ranks \[1, 3, 5\].* on ranks \[5\]"),
     "a bit of a plain tensor": (
         lambda: one_bit(1, 0, replicated=False),
-        r"w \(6, 4\) is a whole, plain .*must be equal on all ranks; found other values on ranks \[1\].*"
+        r"w \(6, 4\) is the same part .*must be equal on all ranks; found other values on ranks \[1\].*"
         + PREFIX
         + "wrap",
     ),
     "a plain tensor on some ranks": (
         lambda: world_of(*[[held(B), *([held(W, replicated=False)] if r in {1, 3} else [])] for r in range(4)]),
-        r"w \(6, 4\) is a whole, plain tensor on ranks \[1, 3\] of 4.*found it missing on the others.*"
+        r"w \(6, 4\) is the same part of a tensor on ranks \[1, 3\] of 4.*found it missing on the others.*"
         + PREFIX
         + "wrap",
     ),
