@@ -327,3 +327,13 @@ def test_a_model_with_nothing_to_average_is_refused() -> None:
     for layout in (read_layout(nn.BatchNorm1d(3, affine=False)), read_layout(frozen, only_save_diff=True)):
         with pytest.raises(LayoutError, match="must have parameters to average"):
             agree(layout, ALONE)
+
+
+def test_a_tie_that_is_broken_later_is_named() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    model["head"].weight = model["embed"].weight
+    layout = read_layout(model)
+    layout.check_unchanged()
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    with pytest.raises(LayoutError, match=r"head.weight was tied to another parameter"):
+        layout.check_unchanged()

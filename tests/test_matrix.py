@@ -3,6 +3,8 @@
 Each wrapper holds as much of `Net` as torch lets it: what is left out, and why, stands in KINDS.
 """
 
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run
+from ranks import outcome, run
 from test_distributed import SIGMA_RELS, Net, assert_same, no_collectives, put, set_values
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from phema_dist import PostHocEMA, synthesize
+from phema_dist.training.layout import read_layout
 
 STEPS = 24
 
@@ -98,7 +101,9 @@ def fsdp1(net: nn.Module, strategy: str, *, orig: bool, **settings: object) -> n
     return FullyShardedDataParallel(
         net,
         sharding_strategy=ShardingStrategy[strategy],
-        auto_wrap_policy=CustomPolicy(lambda m: isinstance(m, nn.Conv2d | nn.BatchNorm1d) or m is net.low),
+        auto_wrap_policy=CustomPolicy(
+            lambda m: isinstance(m, nn.Conv2d | nn.BatchNorm1d) or m is getattr(net, "low", None)
+        ),
         use_orig_params=orig,
         device_id=torch.device("cpu"),
         **settings,
@@ -245,3 +250,70 @@ def test_stages_of_a_pipeline_are_told_apart_by_a_prefix(tmp_path: Path) -> None
     run(4, average_stage, str(tmp_path / "four"))
     average(AllStages(4), str(tmp_path / "one"))
     assert_same_averages(tmp_path / "four", tmp_path / "one")
+
+
+class Seeded(nn.Module):
+    """Built with the same seed on every rank, as stages and experts are by mistake."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+
+
+def begin_equal(kind: str, folder: str) -> tuple[str, list[str]]:
+    model: nn.Module = Seeded()
+    if kind != "experts":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))["dp"]
+        if kind == "stages":
+            fully_shard(model, mesh=mesh)
+        else:
+            model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("phema_dist").addHandler(handler)
+    said = outcome(lambda: use(model, folder))
+    logging.getLogger("phema_dist").removeHandler(handler)
+    return said, logged
+
+
+def use(model: nn.Module, folder: str) -> None:
+    ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=1)
+    with torch.no_grad():
+        getattr(model, "module", model).layer.weight.add_(dist.get_rank())
+    ema.update_(model)
+    with ema.state_dict(0.28):
+        ema.close()
+
+
+@pytest.mark.parametrize("kind", ["stages", "ddp stages"])
+def test_stages_that_begin_equal_are_no_replicas_because_no_wrapper_says_so(kind: str, tmp_path: Path) -> None:
+    for said, _ in run(4, begin_equal, kind, str(tmp_path)):
+        assert "no DDP or mesh calls them replicas" in said
+        assert "prefix" in said
+
+
+def test_plain_modules_that_begin_equal_are_taken_for_replicas_with_a_warning_and_told_apart_later(
+    tmp_path: Path,
+) -> None:
+    (said, logged), *others = run(2, begin_equal, "experts", str(tmp_path))
+    assert said == ""
+    assert "2 plain tensors, the first is layer.weight, are equal on all ranks and taken for replicas" in logged[0]
+    assert any("are not any more; the first is layer.weight" in text for text in logged)
+    assert others[0][0] == ""
+
+
+def submodule_of_a_unit(orig: bool) -> str:
+    inner = nn.Sequential(nn.Linear(3, 3), fsdp1(nn.Sequential(nn.Linear(3, 3)), "FULL_SHARD", orig=orig))
+    model = FullyShardedDataParallel(
+        nn.ModuleDict({"unet": inner}), use_orig_params=orig, device_id=torch.device("cpu")
+    )
+    return outcome(lambda: read_layout(model.module["unet"]))
+
+
+@pytest.mark.parametrize("orig", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_of_an_fsdp1_model_whose_parameters_lie_around_it_is_refused(orig: bool) -> None:
+    for said in run(2, submodule_of_a_unit, orig):
+        assert re.search(r"LayoutError: 0\.(weight|bias) must belong to an FSDP1 module", said), said

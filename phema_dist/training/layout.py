@@ -101,13 +101,20 @@ class Layout:
 class Census:
     """The modules of a model and how many parameters they have, to notice cheaply what is added or replaced."""
 
-    def __init__(self, model: nn.Module, find: Callable[[], Iterable[Found]]) -> None:
+    def __init__(self, model: nn.Module, find: Callable[[], Iterable[Found]], aliases: Mapping[str, str]) -> None:
         self._model, self._find = model, find
         self._homes = {found.fqn: (found.module, found.name) for found in find()}
+        self._ties = [(alias, self._homes[alias], self._homes[fqn]) for alias, fqn in aliases.items()]
         self._take()
 
     def check(self) -> None:
         """Look closer if the count differs; what torch's wrappers do to a model is no change of it."""
+        for alias, (module, name), (first, first_name) in self._ties:
+            if module._parameters.get(name) is not first._parameters.get(first_name):  # noqa: SLF001
+                raise LayoutError(
+                    f"{alias} was tied to another parameter when PostHocEMA was made, and is not any more. Tie it "
+                    "again, or begin a new run for the changed model."
+                )
         if self._count() == self._counted:
             return
         for found in self._find():
@@ -170,7 +177,7 @@ def read_layout(
             continue
         infos[found.fqn] = info = _info(found)
         tensors.extend(LocalTensor(info, box, found.replicated, found.is_parameter, p) for box, p in found.parts())
-    return Layout(infos, tuple(tensors), aliases, frozenset(kin(model)), Census(model, find))
+    return Layout(infos, tuple(tensors), aliases, frozenset(kin(model)), Census(model, find, aliases))
 
 
 def select(

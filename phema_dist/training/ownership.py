@@ -307,41 +307,50 @@ def _check_replicas(
     shared = {n: group for n, group in enumerate(groups) if len(group.ranks) > 1}
     mine = {n: [sources[place] for place in boxes_of(g.table, shapes)] for n, g in shared.items() if g.tables}
 
+    # Held by more ranks than a wrapper calls replicas.
     strays = {n: [t for t in r if not (t.replicated and family >= set(shared[n].ranks))] for n, r in mine.items()}
 
     def digests() -> dict[int, bytes]:
         for n, found in strays.items():
-            if found and len(shared[n].ranks) < ranks.size:
-                stray = found[0]
-                raise _not_replicas(stray, shared[n].ranks, ranks.size, "it missing on the others")
+            _refuse_strays(found, shared[n].ranks, ranks.size)
         return {n: _digest(replicas) for n, replicas in mine.items()}
 
     by_rank = ranks.together(digests)
     odd = [n for n, group in shared.items() if len({by_rank[rank][n] for rank in group.ranks}) > 1]
-    if not odd:
-        assumed = tuple(t for found in strays.values() for t in found if t.info.kind == PARAMETER)
-        if assumed and ranks.rank == 0:
-            _log.warning(
-                "%d plain tensors, the first is %s, are equal on all ranks and taken for replicas. If they are "
-                "different modules (local experts), give each a prefix.", len(assumed), assumed[0].info.fqn,
-            )  # fmt: skip
-        return assumed
-    replicas, by = mine.get(odd[0], []), shared[odd[0]].ranks
+    if odd:
+        _name_odd_one(mine.get(odd[0], []), shared[odd[0]].ranks, ranks)
+    assumed = tuple(t for found in strays.values() for t in found)
+    if assumed and ranks.rank == 0:
+        _log.warning(
+            "%d plain tensors, the first is %s, are equal on all ranks and taken for replicas. If they are "
+            "different modules (local experts), give each a prefix.", len(assumed), assumed[0].info.fqn,
+        )  # fmt: skip
+    return assumed
+
+
+def _refuse_strays(strays: Iterable[LocalTensor], by: Sequence[int], num_ranks: int) -> None:
+    for tensor in strays:
+        if len(by) < num_ranks:
+            raise _not_replicas(tensor, by, num_ranks, "it missing on the others", declared=False)
+        if tensor.replicated:
+            raise _not_replicas(tensor, by, num_ranks, "wrappers that group these otherwise", declared=False)
+
+
+def _name_odd_one(replicas: Sequence[LocalTensor], by: Sequence[int], ranks: Ranks) -> None:
+    """Collective: raise LayoutError for the first tensor that is not equal on the ranks `by`."""
     each = ranks.together(lambda: [_digest([tensor]) for tensor in replicas])
 
     def name() -> None:
         for k, tensor in enumerate(replicas):
             if others := [rank for rank in by if each[rank][k] != each[by[0]][k]]:
-                raise _not_replicas(
-                    tensor, by, ranks.size, f"other values on ranks {_listed(others)} than on rank {by[0]}"
-                )
+                values = f"other values on ranks {_listed(others)} than on rank {by[0]}"
+                raise _not_replicas(tensor, by, ranks.size, values, declared=tensor.replicated)
 
     ranks.together(name)
-    raise AssertionError("what differs as a whole differs somewhere")
 
 
-def _not_replicas(tensor: LocalTensor, by: Sequence[int], num_ranks: int, found: str) -> LayoutError:
-    if tensor.replicated:
+def _not_replicas(tensor: LocalTensor, by: Sequence[int], num_ranks: int, found: str, *, declared: bool) -> LayoutError:
+    if declared:
         return LayoutError(
             f"{tensor.info.fqn} must be equal on ranks {_listed(by)}, which DDP or its placements call replicas; found "
             f"{found}, in {tensor.box} of shape {tensor.info.shape}. {_APART} start them from the same values."

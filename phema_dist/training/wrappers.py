@@ -132,8 +132,8 @@ def _refuse_units_outside(model: nn.Module, prefix: str) -> None:
         for name, module, _ in getattr(getattr(unit._handle, "flat_param", None), "_param_infos", ()):
             if module in modules:
                 raise LayoutError(
-                    f"{prefix}{modules[module]}.{name} must belong to a unit of FSDP1 inside of the model; it lies in "
-                    "a unit around it. Pass the model that holds all of its units."
+                    f"{prefix}{modules[module]}.{name} must belong to an FSDP1 module of the model; it lies in one "
+                    "around it. Pass the model that FullyShardedDataParallel returned."
                 )
 
 
