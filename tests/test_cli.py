@@ -171,3 +171,19 @@ def test_help_has_an_example_that_runs(
     assert example[0] == command
     words = [str(local_run) if "/" in word and i == 1 else word for i, word in enumerate(example)]
     assert main([str(tmp_path / word) if word.endswith("/") else word for word in words]) == 0
+
+
+def test_an_average_beyond_the_dtype_of_the_file_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.fill_(1e5)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10) as ema:
+        ema.update_(model)
+    out = str(tmp_path / "out.safetensors")
+    arguments = ["synthesize", str(tmp_path / "run"), "--sigma-rel", "0.28", "--out", out, "--dtype"]
+    assert main([*arguments, "fp16"]) == 1
+    assert "weight exceeds the range of float16" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+    assert main([*arguments, "bf16"]) == 0

@@ -1,6 +1,8 @@
 """Averages in the training checkpoint: what dcp.save stores and dcp.load brings back, in any world, bit for bit."""
 
+import logging
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,16 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import outcome, run
-from test_distributed import SIGMA_RELS, Net, State, assert_same, wrapped
+from test_distributed import SIGMA_RELS, Net, State, assert_same, set_values, wrapped
 from test_matrix import take_values
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from phema_dist import PostHocEMA, RunError, SettingsError, synthesize
+from phema_dist import PostHocEMA, RunError, SettingsError, StorageError, synthesize
 from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.storage.run import open_run
-from phema_dist.storage.store import open_store
+from phema_dist.storage.store import LocalStore, open_store
 from phema_dist.synthesis.recipe import plan
 
 pytestmark = [
@@ -274,3 +276,115 @@ def test_it_must_stand_where_dcp_can_see_it(tmp_path: Path) -> None:
         dcp.save(nested, checkpoint_id=tmp_path / "nested")
         dcp.load(nested, checkpoint_id=tmp_path / "nested")
         ema.training_state.load_state_dict(nested["train"]["ema"])
+
+
+def load_what_one_rank_refuses(folder: str) -> tuple[int, bool]:
+    model = wrapped("ddp")
+    ema = PostHocEMA.from_model(model, folder, update_every=1)
+    step_to(ema, model, 2)
+    state = ema.training_state.state_dict()
+    step_to(ema, model, 4)
+    before = averages(ema)
+    if dist.get_rank() == 1:
+        state["averages"]["sigma_rel-0.28"].popitem()
+    said = outcome(lambda: ema.training_state.load_state_dict(state))
+    assert "holds other parts than this rank owns" in said
+    unchanged = all(torch.equal(a[n].nan_to_num(), b[n].nan_to_num()) for a, b in zip(averages(ema), before) for n in b)  # noqa: B905
+    found = ema.t, unchanged
+    ema.close()
+    return found
+
+
+def test_no_rank_has_taken_anything_of_a_state_that_another_one_refuses(tmp_path: Path) -> None:
+    assert run(2, load_what_one_rank_refuses, str(tmp_path)) == [(4, True), (4, True)]
+
+
+def test_a_state_that_storage_does_not_let_begin_an_attempt_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Net()
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1)
+    step_to(ema, model, 5)
+    state = ema.training_state.state_dict()
+    step_to(ema, model, 15)
+    before = averages(ema)
+
+    def refuse(*_: object) -> None:
+        raise StorageError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "list", refuse)
+        with pytest.raises(StorageError, match="no answer"):
+            ema.training_state.load_state_dict(state)
+    assert ema.t == 15
+    for one, other in zip(averages(ema), before, strict=True):
+        assert_same(one, other)
+    ema.close()
+
+
+def test_a_state_of_another_folder_is_refused_where_snapshots_would_be_hidden(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Net()
+    with PostHocEMA.from_model(model, tmp_path / "old", update_every=1, checkpoint_every=10) as ema:
+        step_to(ema, model, 12)
+        foreign = ema.training_state.state_dict()
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10) as ema:
+        step_to(ema, model, 15)
+        own = ema.training_state.state_dict()
+        step_to(ema, model, 30)
+        with pytest.raises(RunError, match="must come from this run"):
+            ema.training_state.load_state_dict(foreign)
+        assert "hides" not in caplog.text
+        ema.training_state.load_state_dict(own)
+        assert "going on from t=15 hides the snapshots at t=[20, 30]" in caplog.text
+    caplog.clear()
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=True):
+        assert "snapshots at t=[20, 30] stay hidden, because attempt 1 went on from t=15" in caplog.text
+
+
+def disagree(folder: str) -> tuple[str, list[str]]:
+    model = wrapped("fsdp")
+    ema = PostHocEMA.from_model(model, folder, update_every=1)
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("phema_dist").addHandler(handler)
+    step_to(ema, model, 3)
+    set_values(model, 4)
+    if dist.get_rank() == 1:
+        model.first.weight._local_tensor[0, 0] = torch.nan
+    ema.update_(model)
+    ema.training_state.state_dict()
+    if dist.get_rank() == 0:
+        ema.update_(model)
+    said = outcome(ema.training_state.state_dict)
+    logging.getLogger("phema_dist").removeHandler(handler)
+    ema._session.writer.abandon(5)  # type: ignore[union-attr]
+    return said, logged
+
+
+def test_ranks_that_do_not_stand_at_the_same_moment_cannot_save_or_are_told(tmp_path: Path) -> None:
+    (first, logged), (second, _) = run(2, disagree, str(tmp_path))
+    assert "on every rank with the same t; their last ones are [5, 4]" in first
+    assert "on every rank with the same t" in second
+    assert any("training_state at t=4 is not exact" in text for text in logged)
+
+
+def test_saving_does_not_wait_for_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, answers = LocalStore.put, threading.Event()
+
+    def put_late(store: LocalStore, key: str, data: bytes | bytearray) -> None:
+        assert answers.wait(30)
+        put(store, key, data)
+
+    model = nn.Linear(2, 2)
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2)
+    monkeypatch.setattr(LocalStore, "put", put_late)
+    for _ in range(4):  # storage still has the first snapshot when the second is due
+        ema.update_(model)
+    assert ema.training_state.state_dict()["averages"]
+    assert not answers.is_set()
+    assert ema._session.writer.counts.skipped == 1  # type: ignore[union-attr]
+    answers.set()
+    ema.close()
