@@ -12,9 +12,7 @@ background threads take from the cores shows in the steps themselves.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,36 +133,20 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     num_rounds = 1 if arguments.quick else 7
-    shared = [tempfile.mkdtemp(prefix="phema-bench-")]
-    rank = 0
-    if arguments.wrapper:
-        dist.init_process_group("gloo")
-        rank = dist.get_rank()
-        made = shared[0]
-        dist.broadcast_object_list(shared)
-        if rank:
-            Path(made).rmdir()
-    folder = Path(shared[0])
-    if rank == 0:
-        print(timing.machine())
-    try:
+    with timing.shared_folder(distributed=bool(arguments.wrapper)) as (folder, rank):
+        if rank == 0:
+            print(timing.machine())
         if not arguments.wrapper:
             many_small(20 * num_rounds, folder)
             return
         wrap = DistributedDataParallel if arguments.wrapper == "ddp" else fully_shard
         where = f"{arguments.wrapper} on {dist.get_world_size()} ranks"
-        width, large_steps, digit_steps = (256, 10, 20) if arguments.quick else (4096, 20, 200)
+        width, large_steps, digit_steps = (256, 20, 20) if arguments.quick else (4096, 20, 200)
         with_and_without(f"digits, {where}", lambda: digits(wrap), digit_steps, num_rounds, folder / "digits")
         with_and_without(
             f"{6 * width**2 / 1e6:.0f} M parameters, {where}", lambda: large(wrap, width), large_steps,
             (num_rounds + 1) // 2, folder / "large",
         )  # fmt: skip
-    finally:
-        if arguments.wrapper:
-            dist.barrier()
-            dist.destroy_process_group()
-        if rank == 0:
-            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,40 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
 
 Times = dict[str, list[float]]
+
+
+@contextmanager
+def shared_folder(*, distributed: bool) -> Iterator[tuple[Path, int]]:
+    """A temporary folder and this process's rank; under torchrun, one folder for all ranks, which make a group."""
+    rank, shared = 0, [tempfile.mkdtemp(prefix="phema-bench-")]
+    if distributed:
+        dist.init_process_group("gloo")
+        rank, made = dist.get_rank(), shared[0]
+        dist.broadcast_object_list(shared)
+        if rank:
+            Path(made).rmdir()
+    try:
+        yield Path(shared[0]), rank
+    finally:
+        if distributed:
+            dist.barrier()
+            dist.destroy_process_group()
+        if rank == 0:
+            shutil.rmtree(shared[0])
 
 
 def in_turns(contestants: Mapping[str, Callable[[], object]], num_rounds: int) -> Times:

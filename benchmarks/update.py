@@ -12,8 +12,6 @@ are read once and each average is read and written.
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -198,26 +196,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     num_layers, num_rounds = (1, 1) if arguments.quick else (64, 5)
-    rank, shared = 0, [tempfile.mkdtemp(prefix="phema-bench-")]
-    if arguments.ddp:
-        dist.init_process_group("gloo")
-        rank = dist.get_rank()
-        made = shared[0]
-        dist.broadcast_object_list(shared)
-        if rank:
-            Path(made).rmdir()
-    folder = Path(shared[0])
-    if rank == 0:
-        print(timing.machine())
-    try:
+    with timing.shared_folder(distributed=arguments.ddp) as (folder, rank):
+        if rank == 0:
+            print(timing.machine())
         if not arguments.ddp:
             arithmetic(num_layers, num_rounds, folder)
         training(num_layers, (num_rounds + 1) // 2, folder, ddp=arguments.ddp)
-    finally:
-        if arguments.ddp:
-            dist.destroy_process_group()
-        if rank == 0:
-            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from phema_dist import BackgroundError, LayoutError, PostHocEMA, SettingsError
 from phema_dist.shard import Box
 from phema_dist.training import device
 from phema_dist.training.device import SideStream
-from phema_dist.training.layout import read_layout
-from phema_dist.training.ownership import Piece
+from phema_dist.training.layout import Piece, read_layout
 from phema_dist.training.staging import NUM_SLOTS, Segment, Staging, segments
 from phema_dist.training.writer import Worker
 

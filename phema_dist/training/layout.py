@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, repeat
 from operator import is_not
 from typing import TYPE_CHECKING
@@ -74,6 +75,28 @@ class LocalTensor:
     def _takes(self, dtype: torch.dtype) -> bool:
         # FSDP1 casts buffers at the first forward (MixedPrecision(buffer_dtype=...)); copying them casts back.
         return self.info.kind == BUFFER and dtype.is_floating_point and self.info.dtype.is_floating_point
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A run of rows of a local tensor that this rank owns."""
+
+    source: LocalTensor
+    box: Box  # in the whole tensor
+
+    @property
+    def info(self) -> TensorInfo:
+        """The tensor that this is a piece of."""
+        return self.source.info
+
+    def local(self) -> torch.Tensor:
+        """The rows as they are now, of shape `box.sizes`; a view, not to be kept."""
+        local = self.source.local()
+        return local if self._rows is None else local[self._rows]
+
+    @cached_property
+    def _rows(self) -> tuple[slice, ...] | None:
+        return None if self.box == self.source.box else self.box.relative_to(self.source.box)
 
 
 @dataclass(frozen=True, eq=False)

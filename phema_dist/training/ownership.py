@@ -41,7 +41,7 @@ from phema_dist.shard import (
     whole,
 )
 from phema_dist.storage.manifest import PARAMETER
-from phema_dist.training.layout import TensorInfo
+from phema_dist.training.layout import Piece, TensorInfo
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
@@ -55,24 +55,6 @@ _APART = (
     "If these are different modules (pipeline stages, local experts), give each a prefix, "
     "PostHocEMA.from_model(..., prefix=...); otherwise"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """A run of rows of a local tensor that this rank owns."""
-
-    source: LocalTensor
-    box: Box  # in the whole tensor
-
-    @property
-    def info(self) -> TensorInfo:
-        """The tensor that this is a piece of."""
-        return self.source.info
-
-    def local(self) -> torch.Tensor:
-        """The rows as they are now, of shape `box.sizes`; a view, not to be kept."""
-        local = self.source.local()
-        return local[self.box.relative_to(self.source.box)] if self.box != self.source.box else local
 
 
 @dataclass(frozen=True, eq=False)

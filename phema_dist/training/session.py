@@ -18,8 +18,8 @@ from phema_dist.profile import UpdateHistory, sigma_rel_to_gamma
 from phema_dist.storage import run as runs
 from phema_dist.storage.manifest import FORMAT, Attempt, RunInfo, TensorFacts, attempt_key, from_json
 from phema_dist.storage.snapshot import DTYPE_NAMES, HALF_ULP
-from phema_dist.training.layout import Layout, read_layout, select
-from phema_dist.training.ownership import Ownership, Piece, agree
+from phema_dist.training.layout import Layout, Piece, read_layout, select
+from phema_dist.training.ownership import Ownership, agree
 from phema_dist.training.staging import segments
 from phema_dist.training.tracker import Tracker
 from phema_dist.training.writer import Place, Writer

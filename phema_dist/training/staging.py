@@ -19,7 +19,7 @@ from phema_dist.storage.manifest import PARAMETER
 from phema_dist.training import device
 
 if TYPE_CHECKING:
-    from phema_dist.training.ownership import Piece
+    from phema_dist.training.layout import Piece
 
 NUM_SLOTS = 2
 

@@ -30,7 +30,7 @@ from phema_dist.training.staging import NUM_SLOTS, Staging
 
 if TYPE_CHECKING:
     from phema_dist.storage.store import Store
-    from phema_dist.training.ownership import Piece
+    from phema_dist.training.layout import Piece
     from phema_dist.training.staging import Segment
     from phema_dist.training.tracker import Tracker
 
