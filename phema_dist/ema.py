@@ -231,7 +231,7 @@ class PostHocEMA:
 
         `dcp.save({"model": ..., "optim": ..., "ema": ema.training_state})` stores the float32 averages, sharded;
         `dcp.load` restores them, bit for bit, on another number of ranks, another mesh or another wrapper. Loading
-        replaces what `resume` began with.
+        replaces what `resume` began with. Both are collective.
         """
         from phema_dist.training.state import TrainingState  # noqa: PLC0415  loads torch.distributed.checkpoint
 

@@ -12,13 +12,14 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
-from phema_dist.errors import LayoutError, SettingsError
+from phema_dist.errors import LayoutError
 from phema_dist.storage import run as runs
 from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_states, once_more
 from phema_dist.synthesis.recipe import Recipe, announce, plan, stored_recipe
 from phema_dist.synthesis.stream import stream
 from phema_dist.training.layout import Layout, read_layout, select
 from phema_dist.training.ownership import tell_apart
+from phema_dist.training.session import require_same_t
 from phema_dist.training.swap import swapped
 
 if TYPE_CHECKING:
@@ -85,12 +86,7 @@ def check_same_t(ranks: Ranks, session: Session, *, closed: bool) -> None:
             session.writer.drain()
         return session.t
 
-    ts = ranks.together(settle)
-    if len(set(ts)) > 1:
-        raise SettingsError(
-            f"update_ must be called on every rank with the same t; their last ones are {ts}. Snapshots of ranks that "
-            "disagree are never complete."
-        )
+    require_same_t(ranks.together(settle))
     tell_apart(session.assumed, ranks)
 
 

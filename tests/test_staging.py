@@ -160,7 +160,8 @@ def test_on_the_cpu_a_copy_is_done_when_fill_returns() -> None:
 # With one
 
 
-def test_parameters_that_change_after_the_fence_are_copied_as_they_were(accelerator: FakeAccelerator) -> None:
+def copied_and_changed(accelerator: FakeAccelerator) -> set[float]:
+    """What is copied of parameters that are 1, and that training sets to 2 behind the fence."""
     model = net()
     pieces = pieces_of(model)
     staging = staging_of(pieces)
@@ -170,22 +171,17 @@ def test_parameters_that_change_after_the_fence_are_copied_as_they_were(accelera
     accelerator.launch(partial(set_all, model, 2))
     accelerator.synchronize()
     staging.wait(0)
-    assert values_in(staging, 0) == {1}
+    return values_in(staging, 0)
+
+
+def test_parameters_that_change_after_the_fence_are_copied_as_they_were(accelerator: FakeAccelerator) -> None:
+    assert copied_and_changed(accelerator) == {1}
 
 
 def test_without_the_fence_they_would_not(accelerator: FakeAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail."""
     monkeypatch.setattr(SideStream, "fence", lambda _: None)
-    model = net()
-    pieces = pieces_of(model)
-    staging = staging_of(pieces)
-    accelerator.launch(partial(set_all, model, 1))
-    staging.fill(0, pieces)
-    staging.fence()
-    accelerator.launch(partial(set_all, model, 2))
-    accelerator.synchronize()
-    staging.wait(0)
-    assert values_in(staging, 0) == {2}
+    assert copied_and_changed(accelerator) == {2}
 
 
 def test_a_copy_waits_for_what_training_asked_of_the_device_before(accelerator: FakeAccelerator) -> None:

@@ -124,10 +124,15 @@ class Layout:
 class Census:
     """The modules of a model and how many parameters they have, to notice cheaply what is added or replaced."""
 
-    def __init__(self, model: nn.Module, find: Callable[[], Iterable[Found]], aliases: Mapping[str, str]) -> None:
-        self._model, self._find = model, find
-        self._homes = {found.fqn: (found.module, found.name) for found in find()}
-        self._ties = [(alias, self._homes[alias], self._homes[fqn]) for alias, fqn in aliases.items()]
+    def __init__(
+        self,
+        model: nn.Module,
+        find: Callable[[], Iterable[Found]],
+        homes: Mapping[str, tuple[nn.Module, str]],
+        aliases: Mapping[str, str],
+    ) -> None:
+        self._model, self._find, self._homes = model, find, homes
+        self._ties = [(alias, homes[alias], homes[fqn]) for alias, fqn in aliases.items()]
         self._take()
 
     def check(self) -> None:
@@ -189,18 +194,20 @@ def read_layout(
     tensors: list[LocalTensor] = []
     aliases: dict[str, str] = {}
     names: dict[Hashable, str] = {}
+    homes: dict[str, tuple[nn.Module, str]] = {}
     for found in find():
         if found.fqn in infos or found.fqn in aliases:
             raise LayoutError(
                 f"{found.fqn} must be one tensor; a wrapper gives that name to two, the second of shape {found.shape}. "
                 "Rename one of them in the bare model."
             )
+        homes[found.fqn] = (found.module, found.name)
         if (first := names.setdefault(found.identity, found.fqn)) != found.fqn:
             aliases[found.fqn] = first
             continue
         infos[found.fqn] = info = _info(found)
         tensors.extend(LocalTensor(info, box, found.replicated, found.is_parameter, p) for box, p in found.parts())
-    return Layout(infos, tuple(tensors), aliases, frozenset(kin(model)), Census(model, find, aliases))
+    return Layout(infos, tuple(tensors), aliases, frozenset(kin(model)), Census(model, find, homes, aliases))
 
 
 def select(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -77,6 +77,15 @@ def check_resume(resume: bool | int) -> bool | int:
     if _integer(resume) < 0:
         raise SettingsError(f"resume must be True, False, or the t where the model is; got {resume!r}.")
     return _integer(resume)
+
+
+def require_same_t(ts: Sequence[int]) -> None:
+    """Raise SettingsError unless all ranks are at the same t; `ts` are theirs, by rank."""
+    if len(set(ts)) > 1:
+        raise SettingsError(
+            f"update_ must be called on every rank with the same t; their last ones are {ts}. Snapshots of ranks that "
+            "disagree are never complete."
+        )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ same moment and in full precision; they come back on any number of ranks, any me
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +15,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.stateful import Stateful
 
-from phema_dist.errors import RunError, SettingsError
+from phema_dist.errors import RunError
 from phema_dist.storage.manifest import from_json, to_json
-from phema_dist.training.session import Clock
+from phema_dist.training.session import Clock, require_same_t
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
@@ -45,12 +44,12 @@ class TrainingState(Stateful):
             SettingsError: `update_` was not called with the same t on every rank.
         """
         clock = self._settle_together()
+        shapes = {piece.info.fqn: piece.info.shape for s in self._session.segments for piece in s.pieces}
         averages = {
             _entry(sigma_rel): {
-                fqn: _boxed(shape, [(box, view.clone()) for box, view in boxes])
-                for fqn, (shape, boxes) in self._held(k).items()
+                fqn: _boxed(shapes[fqn], [(box, view.clone()) for box, view in boxes]) for fqn, boxes in held.items()
             }
-            for k, sigma_rel in enumerate(self._session.info.sigma_rels)
+            for sigma_rel, held in self._held()
         }
         return {"averages": averages, "clock": to_json(clock).decode()}
 
@@ -79,10 +78,7 @@ class TrainingState(Stateful):
             return found[0].t, self._session.tracker.t
 
         times = self._ranks.together(settle)
-        if len({t for t, _ in times}) > 1:
-            raise SettingsError(
-                f"update_ must be called on every rank with the same t; their last ones are {[t for t, _ in times]}."
-            )
+        require_same_t([t for t, _ in times])
         if len({updated for _, updated in times}) > 1 and self._ranks.rank == 0:
             _log.warning(
                 "training_state at t=%d is not exact: parameters are not finite on some ranks, whose averages end at "
@@ -104,9 +100,9 @@ class TrainingState(Stateful):
             )
         self._session.writer.drain()
         copies = []
-        for k, sigma_rel in enumerate(info.sigma_rels):
+        for sigma_rel, held in self._held():
             loaded = state["averages"].get(_entry(sigma_rel), {})
-            for fqn, (_, boxes) in self._held(k).items():
+            for fqn, boxes in held.items():
                 found = getattr(loaded.get(fqn), "boxes", ())
                 if [(box, view.dtype) for box, view in boxes] != [(box, values.dtype) for box, values in found]:
                     raise RunError(
@@ -125,10 +121,9 @@ class TrainingState(Stateful):
             "after loading into such a dict."
         )
 
-    def _held(self, k: int) -> dict[str, tuple[tuple[int, ...], Boxes]]:
-        """Profile k of what this rank owns: for each tensor its whole shape, and the boxes with their averages."""
-        shapes = {piece.info.fqn: piece.info.shape for s in self._session.segments for piece in s.pieces}
-        return {fqn: (shapes[fqn], boxes) for fqn, boxes in self._session.tracker.boxes()[k].items()}
+    def _held(self) -> Iterator[tuple[float, Mapping[str, Boxes]]]:
+        """Each profile of what this rank owns: its sigma_rel, and for each tensor the boxes with their averages."""
+        return zip(self._session.info.sigma_rels, self._session.tracker.boxes(), strict=True)
 
 
 def _entry(sigma_rel: float) -> str:
@@ -163,7 +158,6 @@ class BoxedTensor(torch.Tensor):
 
 def _boxed(shape: tuple[int, ...], boxes: Boxes) -> BoxedTensor:
     # One element that is seen everywhere: the right shape and dtype, and a storage that may be copied.
-    seen = torch.zeros((), dtype=boxes[0][1].dtype).expand(shape) if math.prod(shape) else torch.zeros(shape)
-    tensor = seen.as_subclass(BoxedTensor)
+    tensor = torch.zeros((), dtype=boxes[0][1].dtype).expand(shape).as_subclass(BoxedTensor)
     tensor.boxes = boxes
     return tensor
