@@ -25,7 +25,8 @@ if __name__ == "__main__":
     saved = sorted(Path(training).glob("*/.metadata"))
     if saved:
         dcp.load({"ema": ema.training_state}, checkpoint_id=saved[-1].parent)
-    print(f"life {life} of {dist.get_world_size()} ranks goes on at {ema.t}", flush=True)  # noqa: T201  read by the test
+    # One write with its end, or lines of two ranks may run together; the test reads it.
+    print(f"life {life} of {dist.get_world_size()} ranks goes on at {ema.t}\n", end="", flush=True)  # noqa: T201
     for step in range(ema.t + 1, int(last) + 1):
         set_values(model, step)  # what a step of an optimizer would bring
         if step == dies_at and dist.get_rank() == 1:
