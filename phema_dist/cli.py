@@ -152,8 +152,8 @@ def _synthesize(arguments: argparse.Namespace) -> None:
             overwrite=arguments.force,
             progress=progress,
         )
-    for recipe in recipes:
-        print(_summary(recipe, outputs[recipe.sigma_rel]))
+    for recipe, path in zip(recipes, outputs.values(), strict=True):
+        print(_summary(recipe, path))
 
 
 def _outputs(out: str, sigma_rels: Sequence[float]) -> dict[float, Path]:
@@ -190,6 +190,6 @@ def _progress_bar() -> Iterator[Progress]:
 def _summary(recipe: Recipe, path: Path) -> str:
     certificate = recipe.certificate
     return (
-        f"{path}: sigma_rel {recipe.sigma_rel:g} at t={recipe.t}, from snapshots: {certificate.num_snapshots}, "
+        f"{path}: {recipe.target.name} at t={recipe.t}, from snapshots: {certificate.num_snapshots}, "
         f"profile error {certificate.profile_error:.2%}, rounding noise {certificate.rounding_noise:.2%}"
     )

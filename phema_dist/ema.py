@@ -17,6 +17,8 @@ from phema_dist.errors import SettingsError
 from phema_dist.ranks import ALONE, Ranks, join
 from phema_dist.storage import run as runs
 from phema_dist.storage.store import open_store
+from phema_dist.synthesis.request import Request
+from phema_dist.target import as_target
 from phema_dist.training.attach import Attachment
 from phema_dist.training.session import DEFAULT_SIGMA_RELS, Session, Settings, begin, check_resume, check_sigma_rels
 from phema_dist.training.wrappers import is_sharded
@@ -352,13 +354,13 @@ class PostHocEMA:
             raise SettingsError("update_ needs a model: pass it here, or to from_path.")
         return self._begin(model, join(self._group), self._resume)
 
-    def _wanted(self, ranks: Ranks, sigma_rel: float, t: int | None, dtype: torch.dtype | None) -> evaluation.Wanted:
+    def _wanted(self, ranks: Ranks, sigma_rel: float, t: int | None, dtype: torch.dtype | None) -> Request:
         """Collective on an object that trains: what is asked for, once all that was queued is stored."""
         dtype = self._calculation_dtype if dtype is None else _sum_dtype(dtype)
         if self._session is not None:
             self._session.writer.fence()
             evaluation.check_same_t(ranks, self._session, closed=self._closed)
-        return evaluation.Wanted(sigma_rel, t, dtype)
+        return Request((as_target(sigma_rel),), t, dtype)
 
     def _end(self) -> None:
         self._closed = True

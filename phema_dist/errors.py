@@ -6,6 +6,7 @@
     ├── LayoutError           (ValueError)         a model that cannot be averaged without being wrong
     ├── RunError              (ValueError)         a run that does not fit: already there, of another model, …
     │   └── SnapshotError                          a snapshot that is missing, incomplete or damaged
+    │       └── DamagedError                       a stored file is not what was written
     ├── BackgroundError       (RuntimeError)       a background thread failed; its error is the cause
     └── StorageError          (OSError)            storage that does not do what was asked
         ├── KeyExistsError    (FileExistsError)    nothing is ever overwritten
@@ -38,6 +39,14 @@ class RunError(PhemaError, ValueError):
 
 class SnapshotError(RunError):
     """A snapshot that is missing, incomplete or damaged."""
+
+
+class DamagedError(SnapshotError):
+    """A stored file is not what was written; `folder` is its snapshot's, if this rank found it."""
+
+    def __init__(self, message: str, folder: str | None = None) -> None:
+        super().__init__(message)
+        self.folder = folder
 
 
 class BackgroundError(PhemaError, RuntimeError):

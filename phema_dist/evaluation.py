@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
 from phema_dist.errors import LayoutError
 from phema_dist.storage import run as runs
-from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_states, once_more
-from phema_dist.synthesis.recipe import Recipe, announce, plan, stored_recipe
+from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_states
+from phema_dist.synthesis.recipe import Recipe, stored_recipe
+from phema_dist.synthesis.request import Request, fulfil
 from phema_dist.synthesis.stream import stream
 from phema_dist.training.layout import Layout, read_layout, select
 from phema_dist.training.ownership import tell_apart
@@ -34,15 +34,6 @@ if TYPE_CHECKING:
     from phema_dist.training.session import Session
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """An average of some length, at some t (None: the newest complete snapshot's), and the dtype of its sums."""
-
-    sigma_rel: float
-    t: int | None
-    calculation_dtype: torch.dtype
-
-
 def restore(store: Store, session: Session) -> None:
     """Fill the averages of what this rank owns from the snapshot that the session goes on from."""
     assert session.parent is not None  # noqa: S101
@@ -52,16 +43,16 @@ def restore(store: Store, session: Session) -> None:
     stream(store, session.info, recipes, fill_boxes(targets), wanted=boxes)
 
 
-def full_state(store: Store, ranks: Ranks, wanted: Wanted) -> dict[str, torch.Tensor]:
+def full_state(store: Store, ranks: Ranks, request: Request) -> dict[str, torch.Tensor]:
     """Collective: an average as full CPU tensors, on every rank."""
     info = ranks.on_first(lambda: runs.read_info(store))
     state = ranks.each(lambda: empty_state(info))
-    _read(store, ranks, wanted, fill_states([state]), None)
+    _read(store, ranks, request, fill_states([state]), None)
     return state
 
 
 @contextmanager
-def in_place(store: Store, ranks: Ranks, wanted: Wanted, model: nn.Module, prefix: str) -> Iterator[None]:
+def in_place(store: Store, ranks: Ranks, request: Request, model: nn.Module, prefix: str) -> Iterator[None]:
     """Collective on the way in: an average in a live model, each rank filling what it holds."""
     info = ranks.on_first(lambda: runs.read_info(store))
     shapes = {fqn: facts.shape for fqn, facts in info.tensors.items()}
@@ -74,7 +65,7 @@ def in_place(store: Store, ranks: Ranks, wanted: Wanted, model: nn.Module, prefi
     for tensor in layout.tensors:
         boxes.setdefault(tensor.info.fqn, []).append(tensor.box)
     with swapped(model, layout, ranks) as write:
-        _read(store, ranks, wanted, lambda _, fqn, box, values: write(fqn, box, values), boxes)
+        _read(store, ranks, request, lambda _, fqn, box, values: write(fqn, box, values), boxes)
         yield
 
 
@@ -102,20 +93,18 @@ def _check_all_are_held(ranks: Ranks, layout: Layout, names: Sequence[str], pref
             )
 
 
-def _read(store: Store, ranks: Ranks, wanted: Wanted, sink: Sink, boxes: Mapping[str, Sequence[Box]] | None) -> None:
+def _read(store: Store, ranks: Ranks, request: Request, sink: Sink, boxes: Mapping[str, Sequence[Box]] | None) -> None:
     """Collective: stream rank 0's view of the run on every rank."""
 
-    def look() -> tuple[RunInfo, Recipe]:
-        run = runs.open_run(store)
-        recipes = plan(run, [wanted.sigma_rel], wanted.t)
-        announce(recipes)
-        return run.info, recipes[0]
-
-    @once_more  # on all ranks, as they raise together
-    def read() -> None:
-        info, recipe = ranks.on_first(look)
-        ranks.each(
-            lambda: stream(store, info, [recipe], sink, wanted=boxes, calculation_dtype=wanted.calculation_dtype)
+    def make(info: RunInfo, recipes: Sequence[Recipe]) -> None:
+        stream(
+            store,
+            info,
+            recipes,
+            sink,
+            wanted=boxes,
+            calculation_dtype=request.calculation_dtype,
+            memory_bytes=request.memory_bytes,
         )
 
-    read()
+    fulfil(store, ranks, request, make)

@@ -11,13 +11,14 @@ import phema_dist
 PACKAGE = Path(phema_dist.__file__).parent
 # From the ground up: a module may import only what stands before it.
 ORDER = [
-    "errors", "profile", "schedule", "shard", "ranks",
+    "errors", "profile", "target", "schedule", "shard", "ranks",
     "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
     "storage.run",
     "training.parts", "training.wrappers", "training.layout", "training.ownership", "training.device",
     "training.staging", "training.tracker", "training.buffers", "training.writer", "training.session",
     "training.attach", "training.state", "training.swap",
-    "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.consolidate",
+    "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.request",
+    "synthesis.consolidate",
     "plot", "evaluation", "ema", "cli",
 ]  # fmt: skip
 EXEMPT = {"__init__", "__main__", "storage.__init__", "training.__init__", "synthesis.__init__"}

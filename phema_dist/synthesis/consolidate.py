@@ -12,22 +12,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tenacity
 import torch
 
-from phema_dist.errors import KeyMissingError, SettingsError
+from phema_dist.errors import SettingsError
+from phema_dist.ranks import ALONE
 from phema_dist.shard import Box, flat_span, intersect, whole
 from phema_dist.storage.manifest import PARAMETER
-from phema_dist.storage.run import open_run
 from phema_dist.storage.snapshot import DTYPE_NAMES, encode_header
 from phema_dist.storage.store import open_store
-from phema_dist.synthesis.recipe import Certificate, Recipe, announce, plan
+from phema_dist.synthesis.request import Request, fulfil
 from phema_dist.synthesis.stream import num_bytes, stream
 from phema_dist.synthesis.tiles import result_dtype
+from phema_dist.target import Power
 
 if TYPE_CHECKING:
     from phema_dist.storage.manifest import RunInfo
     from phema_dist.storage.store import Store
+    from phema_dist.synthesis.recipe import Certificate, Recipe
     from phema_dist.synthesis.stream import Sink
 
 Progress = Callable[[int, int], object]  # bytes read since the last call, bytes in all; called from any thread
@@ -81,7 +82,7 @@ def synthesize(
 
     store = open_store(checkpoint_dir, storage_options)
     recipes = _read_once(store, sigma_rels, t, tensors, calculation_dtype, progress)
-    return [Synthesis(r.sigma_rel, r.t, s, r.certificate) for r, s in zip(recipes, states, strict=True)]
+    return [Synthesis(_sigma_rel(r), r.t, s, r.certificate) for r, s in zip(recipes, states, strict=True)]
 
 
 def synthesize_files(
@@ -120,7 +121,7 @@ def synthesize_files(
     def files(info: RunInfo, recipes: Sequence[Recipe]) -> Iterator[Sink]:
         with ExitStack() as stack:
             opened = [
-                stack.enter_context(_checkpoint_file(outputs[recipe.sigma_rel], info, recipe, dtype))
+                stack.enter_context(_checkpoint_file(outputs[_sigma_rel(recipe)], info, recipe, dtype))
                 for recipe in recipes
             ]
             yield lambda k, fqn, box, values: opened[k](fqn, box, values)
@@ -154,13 +155,6 @@ def fill_boxes(targets: Sequence[Mapping[str, Sequence[tuple[Box, torch.Tensor]]
     return fill
 
 
-# While a job writes, its retention may delete a snapshot between the planning and the reading: then plan once more.
-once_more = tenacity.retry(
-    retry=tenacity.retry_if_exception_type(KeyMissingError), stop=tenacity.stop_after_attempt(2), reraise=True
-)
-
-
-@once_more
 def _read_once(
     store: Store,
     sigma_rels: Sequence[float],
@@ -169,14 +163,13 @@ def _read_once(
     calculation_dtype: torch.dtype,
     progress: Progress | None,
 ) -> list[Recipe]:
-    run = open_run(store)
-    recipes = plan(run, sigma_rels, t)
-    announce(recipes)
-    total = num_bytes(recipes)
-    report = None if progress is None else lambda n: progress(n, total)
-    with destination(run.info, recipes) as sink:
-        stream(store, run.info, recipes, sink, calculation_dtype=calculation_dtype, progress=report)
-    return recipes
+    def make(info: RunInfo, recipes: Sequence[Recipe]) -> None:
+        total = num_bytes(recipes)
+        report = None if progress is None else lambda n: progress(n, total)
+        with destination(info, recipes) as sink:
+            stream(store, info, recipes, sink, calculation_dtype=calculation_dtype, progress=report)
+
+    return fulfil(store, ALONE, Request(tuple(map(Power, sigma_rels)), t, calculation_dtype), make)
 
 
 @contextmanager
@@ -237,6 +230,11 @@ def _write_box(fd: int, position: int, box: Box, tensor: Box, values: torch.Tens
     while view:
         written = os.pwrite(fd, view, offset)  # at most 2 GiB a call
         view, offset = view[written:], offset + written
+
+
+def _sigma_rel(recipe: Recipe) -> float:
+    assert isinstance(recipe.target, Power)
+    return recipe.target.sigma_rel
 
 
 def _describe(recipe: Recipe) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from phema_dist import profile
 from phema_dist.errors import SnapshotError
 from phema_dist.profile import PowerProfile, UpdateHistory
 from phema_dist.storage.snapshot import HALF_ULP
+from phema_dist.target import Power, Target, as_target
 
 if TYPE_CHECKING:
     from phema_dist.storage.run import Run, Snapshot
@@ -57,7 +58,7 @@ class Term:
 class Recipe:
     """What to add up for one average: terms by sigma_rel, then t, always in the same order."""
 
-    sigma_rel: float
+    target: Target
     t: int
     terms: tuple[Term, ...]
     newest: Snapshot  # the newest one at or before t, whose buffers the result takes
@@ -66,20 +67,30 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """The recipe as plain values, for a checkpoint's metadata."""
         return {
-            "sigma_rel": self.sigma_rel,
+            "target": self.target.name,
+            **asdict(self.target),
             "t": self.t,
             "terms": [[term.sigma_rel, term.snapshot.t, term.coefficient] for term in self.terms],
             "certificate": asdict(self.certificate),
         }
 
 
-def plan(run: Run, sigma_rels: Sequence[float], t: int | None = None) -> list[Recipe]:
-    """Find the recipe of each sigma_rel at time t (None: the newest complete snapshot's).
+def plan(
+    run: Run,
+    targets: Sequence[Target | float],
+    t: int | None = None,
+    *,
+    unusable: Mapping[str, str] | None = None,
+    strict: bool = False,
+) -> list[Recipe]:
+    """Find the recipe of each target, at time t where it says none (None: the newest complete snapshot's).
 
     Args:
         run: where to take snapshots from; incomplete ones are left out.
-        sigma_rels: what is wanted.
+        targets: what is wanted; a float is a sigma_rel.
         t: end of the averages, as the run counts it.
+        unusable: folders of snapshots that are not to be used, and why.
+        strict: whether to refuse a run with snapshots, up to t, that cannot be used.
 
     Raises:
         ProfileError: no such profile, or a t at which nothing was averaged yet.
@@ -98,8 +109,9 @@ def plan(run: Run, sigma_rels: Sequence[float], t: int | None = None) -> list[Re
     updates = UpdateHistory(run.complete[-1].manifests[0].updates).times()
     left_out = tuple(f"t={s.t}: {s.problem}" for s in run.snapshots if s.problem and s.t <= t)
     recipes = []
-    for sigma_rel in sigma_rels:
-        target = PowerProfile(sigma_rel, t - run.info.origin)
+    for wanted in map(as_target, targets):
+        assert isinstance(wanted, Power)
+        target = PowerProfile(wanted.sigma_rel, t - run.info.origin)
         factors = profile.coefficients(profiles, target)
         used = [Term(s, tracked, float(c)) for (tracked, s), c in zip(stored, factors, strict=True) if c != 0]
         certificate = Certificate(
@@ -111,7 +123,7 @@ def plan(run: Run, sigma_rels: Sequence[float], t: int | None = None) -> list[Re
             num_snapshots=len({term.snapshot.t for term in used}),
             left_out=left_out,
         )
-        recipes.append(Recipe(sigma_rel, t, tuple(used), newest, certificate))
+        recipes.append(Recipe(wanted, t, tuple(used), newest, certificate))
     return recipes
 
 
@@ -119,13 +131,13 @@ def stored_recipe(snapshot: Snapshot, sigma_rel: float) -> Recipe:
     """A stored average as it is, to go on from."""
     noise = _rounding(snapshot)
     certificate = Certificate(0.0, 0.0, 1.0, 1.0, noise, num_snapshots=1, left_out=())
-    return Recipe(sigma_rel, snapshot.t, (Term(snapshot, sigma_rel, 1.0),), snapshot, certificate)
+    return Recipe(Power(sigma_rel), snapshot.t, (Term(snapshot, sigma_rel, 1.0),), snapshot, certificate)
 
 
 def announce(recipes: Sequence[Recipe]) -> None:
     """Log what a person should know before using the result: a poor certificate, snapshots that were left out."""
     for recipe in recipes:
-        certificate, what = recipe.certificate, f"sigma_rel={recipe.sigma_rel:g} at t={recipe.t}"
+        certificate, what = recipe.certificate, f"{recipe.target.name} at t={recipe.t}"
         if certificate.profile_error > GOOD_ERROR:
             stored = recipe.newest.t
             _log.warning(

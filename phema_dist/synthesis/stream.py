@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import xxhash
 
-from phema_dist.errors import SnapshotError
+from phema_dist.errors import DamagedError
 from phema_dist.shard import Box, check_exact_cover
 from phema_dist.storage.snapshot import Entry, parse_header
 from phema_dist.synthesis.sums import TERMS_AT_ONCE, add_batch, num_rows, prefers_batches
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Sink = Callable[[int, str, Box, torch.Tensor], None]
 Progress = Callable[[int], object]  # told the number of bytes read, now and then
 
-_MEMORY_BYTES = 256 << 20
+MEMORY_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,7 @@ def stream(
     *,
     wanted: Mapping[str, Sequence[Box]] | None = None,
     calculation_dtype: torch.dtype = torch.float32,
+    memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Make the averages of `recipes`, all for one t, reading every byte once.
@@ -101,10 +102,11 @@ def stream(
         sink: takes the results, tile by tile, from several threads at once; every element exactly once.
         wanted: the boxes to make of each tensor; None: all of all tensors.
         calculation_dtype: of the sums of float32 averages: float32 or float64.
+        memory_bytes: how much memory to use beside what the sink keeps.
         progress: told the number of bytes read, now and then.
 
     Raises:
-        SnapshotError: a file is not what its manifest says; names file and rank.
+        DamagedError: a file is not what its manifest says; names file and rank.
         StorageError: a file could not be read; KeyMissingError if it is gone.
     """
     library = Library(store, info)
@@ -152,7 +154,7 @@ def _used(recipes: Sequence[Recipe]) -> list[tuple[float, Snapshot]]:
 def _num_readers(num_targets: int, most: int) -> int:
     """As many as are worthwhile, if all that they hold fits: sums and values in float32, and what was read."""
     others = TERMS_AT_ONCE if prefers_batches(num_targets, torch.float32) else num_targets + 1
-    return max(1, min(most, _MEMORY_BYTES // (TILE_BYTES * (num_rows(num_targets) + others + 1))))
+    return max(1, min(most, MEMORY_BYTES // (TILE_BYTES * (num_rows(num_targets) + others + 1))))
 
 
 def _files(snapshot: Snapshot, sigma_rel: float) -> list[ShardFile]:
@@ -242,7 +244,8 @@ def _read_checked(store: Store, source: Source, file: ShardFile, start: int, dat
         block = view[offset : offset + source.block_bytes]
         if xxhash.xxh3_64_hexdigest(block) != file.checksums[1 + (start + offset) // source.block_bytes]:
             first = start + offset
-            raise SnapshotError(
+            raise DamagedError(
                 f"{store.describe(key)} is damaged: bytes {first} to {first + len(block)} of its data are not those "
-                "that were written (their checksum differs). Delete that snapshot to go on without it."
+                "that were written (their checksum differs). Delete that snapshot to go on without it.",
+                source.snapshot.folder,
             )

@@ -1,0 +1,94 @@
+"""From what is asked for to the bytes that make it, on one process or on many, around snapshots that cannot be used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from phema_dist.errors import DamagedError, KeyMissingError
+from phema_dist.storage.run import open_run
+from phema_dist.synthesis.recipe import Recipe, announce, plan
+from phema_dist.synthesis.stream import MEMORY_BYTES
+
+if TYPE_CHECKING:
+    from phema_dist.ranks import Ranks
+    from phema_dist.storage.manifest import RunInfo
+    from phema_dist.storage.store import Store
+    from phema_dist.target import Target
+
+_log = logging.getLogger("phema_dist")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Averages to make in one pass. `t` is the end of those that do not say theirs; None: the newest snapshot's.
+
+    `memory_bytes` bounds what a process holds beside the results; `strict` refuses a run with snapshots, up to the
+    wanted t, that cannot be used, instead of leaving them out.
+    """
+
+    targets: tuple[Target, ...]
+    t: int | None = None
+    calculation_dtype: torch.dtype = torch.float32
+    memory_bytes: int = MEMORY_BYTES
+    strict: bool = False
+
+
+class _Failure(NamedTuple):
+    folder: str | None  # of the snapshot at fault, if it is known
+    text: str
+
+
+def fulfil(
+    store: Store, ranks: Ranks, request: Request, make: Callable[[RunInfo, Sequence[Recipe]], object]
+) -> list[Recipe]:
+    """Collective: plan on rank 0, then call `make` with the recipes on every rank, until it meets nothing unusable.
+
+    A snapshot that turns out to be damaged is left out, with a warning, and `make` is called again. So is it once when
+    a file has gone: while a job writes, its retention may delete a snapshot between the planning and the reading.
+
+    Raises:
+        DamagedError: a stored file is not what was written, and the request is strict or there is no way around it.
+        ProfileError, RunError, StorageError: as `plan` and `stream`.
+    """
+    unusable: dict[str, str] = {}
+    planned_again = False
+    while True:
+        info, recipes = ranks.on_first(partial(_plan, store, request, unusable))
+        failures = [failure for failure in ranks.together(partial(_try, make, info, recipes)) if failure]
+        if not failures:
+            return recipes
+        damaged = {folder: text for folder, text in failures if folder is not None and folder not in unusable}
+        if damaged and not request.strict:
+            unusable.update(damaged)
+            for text in damaged.values():
+                _log.warning("%s It is left out.", text)
+        elif damaged or planned_again:
+            kind = DamagedError if damaged else KeyMissingError
+            raise kind(next(iter(damaged.values()), failures[0].text))
+        else:
+            planned_again = True
+
+
+def _plan(store: Store, request: Request, unusable: dict[str, str]) -> tuple[RunInfo, list[Recipe]]:
+    run = open_run(store)
+    recipes = plan(run, request.targets, request.t, unusable=unusable, strict=request.strict)
+    announce(recipes)
+    return run.info, recipes
+
+
+def _try(
+    make: Callable[[RunInfo, Sequence[Recipe]], object], info: RunInfo, recipes: Sequence[Recipe]
+) -> _Failure | None:
+    try:
+        make(info, recipes)
+    except DamagedError as error:
+        return _Failure(error.folder, str(error))
+    except KeyMissingError as error:
+        return _Failure(None, str(error))
+    return None
