@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from phema_dist.ema import PostHocEMA
     from phema_dist.errors import (
         BackgroundError,
+        DamagedError,
         LayoutError,
         PhemaError,
         ProfileError,
@@ -30,18 +31,26 @@ if TYPE_CHECKING:
     )
     from phema_dist.profile import beta_to_sigma_rel, sigma_rel_to_beta
     from phema_dist.synthesis.consolidate import Synthesis, synthesize, synthesize_files
+    from phema_dist.synthesis.reader import SynthesisReader
+    from phema_dist.target import ConstantBeta, Explicit, Power, UniformTail
 
 _HOMES = {
     "BackgroundError": "errors",
+    "ConstantBeta": "target",
+    "DamagedError": "errors",
+    "Explicit": "target",
     "LayoutError": "errors",
     "PhemaError": "errors",
     "PostHocEMA": "ema",
+    "Power": "target",
     "ProfileError": "errors",
     "RunError": "errors",
     "SettingsError": "errors",
     "SnapshotError": "errors",
     "StorageError": "errors",
     "Synthesis": "synthesis.consolidate",
+    "SynthesisReader": "synthesis.reader",
+    "UniformTail": "target",
     "beta_to_sigma_rel": "profile",
     "sigma_rel_to_beta": "profile",
     "synthesize": "synthesis.consolidate",
@@ -49,9 +58,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "BackgroundError", "LayoutError", "PhemaError", "PostHocEMA", "ProfileError", "RunError", "SettingsError",
-    "SnapshotError", "StorageError", "Synthesis", "beta_to_sigma_rel", "sigma_rel_to_beta", "synthesize",
-    "synthesize_files",
+    "BackgroundError", "ConstantBeta", "DamagedError", "Explicit", "LayoutError", "PhemaError", "PostHocEMA", "Power",
+    "ProfileError", "RunError", "SettingsError", "SnapshotError", "StorageError", "Synthesis", "SynthesisReader",
+    "UniformTail", "beta_to_sigma_rel", "sigma_rel_to_beta", "synthesize", "synthesize_files",
 ]  # fmt: skip
 
 

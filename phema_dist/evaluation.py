@@ -11,7 +11,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
-from phema_dist.errors import LayoutError
+from phema_dist.errors import DamagedError, LayoutError
 from phema_dist.storage import run as runs
 from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_states
 from phema_dist.synthesis.recipe import Recipe, stored_recipe
@@ -40,7 +40,11 @@ def restore(store: Store, session: Session) -> None:
     targets = session.tracker.boxes()
     recipes = [stored_recipe(session.parent, sigma_rel) for sigma_rel in session.info.sigma_rels]
     boxes = {fqn: [box for box, _ in held] for fqn, held in targets[0].items()}
-    stream(store, session.info, recipes, fill_boxes(targets), wanted=boxes)
+    try:
+        stream(store, session.info, recipes, fill_boxes(targets), wanted=boxes)
+    except DamagedError as error:
+        older = f"Pass resume=<t> with a t before {session.parent.t} to go on from an older snapshot."
+        raise DamagedError(f"{error} {older}", error.folder) from error
 
 
 def full_state(store: Store, ranks: Ranks, request: Request) -> dict[str, torch.Tensor]:

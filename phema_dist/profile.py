@@ -6,14 +6,15 @@ tensors, files or ranks.
 Notation: an average at training time t is the integral of p(tau; t) theta(tau) over 0 < tau <= t, with the power
 profile p(tau; t) = (gamma+1) tau^gamma / t^(gamma+1). sigma_rel is the standard deviation of p divided by t. Times
 count from the clock's origin, in the run's unit of t. <a, b> is the integral of the product of two profiles,
-|a|^2 = <a, a>, and a relative error is |sum_i x_i p_i - target| / |target|, for coefficients x_i.
+|a|^2 = <a, a>, and a relative error is |sum_i x_i p_i - target| / |target|, for coefficients x_i. What is stored are
+averages of power profiles; a target may be any `Profile`.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -82,10 +83,10 @@ def _log_beta(gamma: float, t: float, dt: float) -> float:
     """(gamma+1) log((t-dt) / t); -inf at the first update."""
     if not 0 < dt <= t < math.inf:
         raise ProfileError(f"an update's dt must lie in (0, t]; got dt={dt} at t={t}.")
-    return (gamma + 1) * float(_log_ratio(np.float64(t - dt), np.float64(t)))
+    return (gamma + 1) * float(log_ratio(np.float64(t - dt), np.float64(t)))
 
 
-def _log_ratio(earlier: Array | np.float64, later: Array | np.float64) -> Array:
+def log_ratio(earlier: Array | np.float64, later: Array | np.float64) -> Array:
     """log(earlier / later) for 0 <= earlier <= later, without cancellation; -inf where earlier is 0.
 
     Near 1 the quotient is rounded too coarsely for its logarithm, but there the difference is exact.
@@ -127,6 +128,24 @@ def beta_to_sigma_rel(beta: float, t: float) -> float:
     return gamma_to_sigma_rel(max(gamma, 0.0))
 
 
+class Profile(Protocol):
+    """What a synthesis needs to know of the averaging profile that it aims at, p of mass 1 on (0, t]."""
+
+    @property
+    def t(self) -> float:
+        """Where it ends."""
+
+    @property
+    def squared_norm(self) -> float:
+        """|p|^2, in units of 1 / t: p averages over about 1 / |p|^2."""
+
+    def products(self, stored: Sequence["PowerProfile"]) -> Array:
+        """<p, q> for each q of stored averages, none of which ends after p."""
+
+    def masses(self, times: Array) -> Array:
+        """Its integral over the interval before each time, from 0 on; what lies beyond t counts nothing."""
+
+
 @dataclass(frozen=True)
 class PowerProfile:
     """The power profile that ends at training time `t` > 0 with standard deviation `sigma_rel` t."""
@@ -145,6 +164,22 @@ class PowerProfile:
         """Exponent of the profile."""
         return sigma_rel_to_gamma(self.sigma_rel)
 
+    @property
+    def squared_norm(self) -> float:
+        """(gamma+1)^2 / (2 gamma+1) / t."""
+        return float(inner_products([self], [self])[0, 0])
+
+    def products(self, stored: Sequence["PowerProfile"]) -> Array:
+        """One column of `inner_products`."""
+        return inner_products(stored, [self])[:, 0]
+
+    def masses(self, times: Array) -> Array:
+        """(t_i/t)^(gamma+1) - (t_(i-1)/t)^(gamma+1) for each time t_i."""
+        starts, ends = intervals(times, self.t)
+        before_end = np.exp((self.gamma + 1) * log_ratio(ends, np.float64(self.t)))
+        masses: Array = before_end * -np.expm1((self.gamma + 1) * log_ratio(starts, ends))
+        return masses
+
 
 def inner_products(a: Sequence[PowerProfile], b: Sequence[PowerProfile]) -> Array:
     """<a, b> = (ga+1) (gb+1) / (ga+gb+1) (t_min/t_max)^g / t_max, where g is the gamma of the later one.
@@ -154,12 +189,12 @@ def inner_products(a: Sequence[PowerProfile], b: Sequence[PowerProfile]) -> Arra
     gamma_a, t_a = np.array([[p.gamma, p.t] for p in a], dtype=np.float64).T.reshape(2, -1, 1)
     gamma_b, t_b = np.array([[p.gamma, p.t] for p in b], dtype=np.float64).T.reshape(2, -1)
     t_min, t_max = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
-    decay = np.exp(np.where(t_a > t_b, gamma_a, gamma_b) * _log_ratio(t_min, t_max))
+    decay = np.exp(np.where(t_a > t_b, gamma_a, gamma_b) * log_ratio(t_min, t_max))
     products: Array = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * decay / t_max
     return products
 
 
-def coefficients(stored: Sequence[PowerProfile], target: PowerProfile) -> Array:
+def coefficients(stored: Sequence[PowerProfile], target: Profile) -> Array:
     """Coefficients [len(stored)] that make the target of stored averages: least squares, with sum one.
 
     A stored profile that is the target is looked up, not solved: its coefficient is exactly 1.0, others are 0.0.
@@ -167,15 +202,37 @@ def coefficients(stored: Sequence[PowerProfile], target: PowerProfile) -> Array:
     Raises:
         ProfileError: Nothing is stored, or a stored average saw parameters later than the target's t.
     """
+    return fit(stored, [target])[0][:, 0]
+
+
+def fit(stored: Sequence[PowerProfile], targets: Sequence[Profile]) -> tuple[Array, Array]:
+    """`coefficients` [n, m] of several targets at once, and their relative errors [m].
+
+    What is found for a target has the same bits whichever others are asked for beside it.
+    """
     if not stored:
         raise ProfileError("no averages are stored; there is nothing to synthesize from.")
-    latest = max(p.t for p in stored)
-    if latest > target.t:
-        raise ProfileError(f"a stored t must be at most the target's t={target.t}; got a snapshot at t={latest}.")
-    for i, p in enumerate(stored):
-        if p.t == target.t and math.isclose(p.sigma_rel, target.sigma_rel, rel_tol=1e-9):
-            return np.array([float(j == i) for j in range(len(stored))])
-    return constrained_least_squares(inner_products(stored, stored), inner_products(stored, [target]))[:, 0]
+    latest, end = max(p.t for p in stored), min(target.t for target in targets)
+    if latest > end:
+        raise ProfileError(f"a stored t must be at most the target's t={end}; got a snapshot at t={latest}.")
+    gram = inner_products(stored, stored)
+    cross = np.stack([target.products(stored) for target in targets], axis=1)
+    x = constrained_least_squares(gram, cross)
+    for k, target in enumerate(targets):
+        same = [i for i, p in enumerate(stored) if _is_same(p, target)]
+        if same:
+            x[:, k] = np.eye(len(stored))[same[0]]
+    norms = np.array([target.squared_norm for target in targets])
+    one_by_one = [slice(k, k + 1) for k in range(len(targets))]
+    return x, np.concatenate([relative_errors(gram, cross[:, k].copy(), norms[k], x[:, k].copy()) for k in one_by_one])
+
+
+def _is_same(stored: PowerProfile, target: Profile) -> bool:
+    return (
+        isinstance(target, PowerProfile)
+        and stored.t == target.t
+        and math.isclose(stored.sigma_rel, target.sigma_rel, rel_tol=1e-9)
+    )
 
 
 def constrained_least_squares(gram: Array, cross: Array) -> Array:
@@ -190,8 +247,13 @@ def constrained_least_squares(gram: Array, cross: Array) -> Array:
     eigenvalues, eigenvectors = np.linalg.eigh(gram * np.outer(scale, scale))
     kept = eigenvalues > len(gram) * _EPSILON * eigenvalues[-1]
     root = scale[:, None] * eigenvectors[:, kept] / np.sqrt(eigenvalues[kept])  # root @ root.T is G+
-    free, shift = root @ (root.T @ cross), root @ root.sum(axis=0)
-    solution: Array = free + np.outer(shift / shift.sum(), 1 - free.sum(axis=0))
+    shift = root @ root.sum(axis=0)
+    shift /= shift.sum()
+    # One column after another: a product of matrices would round a column otherwise if it had other neighbours.
+    solution = np.empty_like(cross)
+    for k, column in enumerate(np.ascontiguousarray(cross.T)):
+        free = root @ (root.T @ column)
+        solution[:, k] = free + shift * (1 - free.sum())
     return solution
 
 
@@ -205,16 +267,14 @@ def relative_errors(gram: Array, cross: Array, squared_norms: Array, x: Array) -
     return errors
 
 
-def profile_error(stored: Sequence[PowerProfile], coefficients: npt.ArrayLike, target: PowerProfile) -> float:
+def profile_error(stored: Sequence[PowerProfile], coefficients: npt.ArrayLike, target: Profile) -> float:
     """Relative error of a synthesis, for continuous profiles and coefficients [len(stored)]."""
-    x = np.asarray(coefficients, dtype=np.float64)[:, None]
-    gram, cross = inner_products(stored, stored), inner_products(stored, [target])
-    return float(relative_errors(gram, cross, inner_products([target], [target])[0], x)[0])
+    x, norms = np.asarray(coefficients, dtype=np.float64)[:, None], np.array([target.squared_norm])
+    gram, cross = inner_products(stored, stored), target.products(stored)[:, None]
+    return float(relative_errors(gram, cross, norms, x)[0])
 
 
-def recorded_error(
-    stored: Sequence[PowerProfile], coefficients: npt.ArrayLike, target: PowerProfile, times: Array
-) -> float:
+def recorded_error(stored: Sequence[PowerProfile], coefficients: npt.ArrayLike, target: Profile, times: Array) -> float:
     """Relative error of a synthesis against the target tracked directly over the same updates.
 
     What was really averaged is a step function: the parameters seen at t_i stand for the whole interval since
@@ -225,25 +285,30 @@ def recorded_error(
     Raises:
         ProfileError: A profile ends after the last update.
     """
-    end, last = max(p.t for p in (*stored, target)), times[-1] if len(times) else 0
+    x = np.asarray(coefficients, dtype=np.float64)
+    return float(recorded_errors(stored, x[:, None], [target], times)[0])
+
+
+def recorded_errors(stored: Sequence[PowerProfile], x: Array, targets: Sequence[Profile], times: Array) -> Array:
+    """`recorded_error` of several targets, [m], for coefficients x [n, m]; rows of zeros cost nothing."""
+    end, last = max(p.t for p in (*stored, *targets)), times[-1] if len(times) else 0
     if last < end:
         raise ProfileError(f"profiles must end by the last recorded update, t={last}; got one that ends at t={end}.")
-    wanted = _masses(target, times)
-    residual = -wanted
-    for p, x in zip(stored, np.asarray(coefficients, dtype=np.float64), strict=True):
-        residual += x * _masses(p, times)
+    wanted = np.array([target.masses(times) for target in targets])
+    residuals = -wanted
+    for p, row in zip(stored, x, strict=True):
+        if row.any():
+            residuals += row[:, None] * p.masses(times)
     widths = np.diff(times, prepend=0.0)
-    return math.sqrt(np.sum(residual**2 / widths) / np.sum(wanted**2 / widths))
+    errors: Array = np.sqrt(np.sum(residuals**2 / widths, axis=1) / np.sum(wanted**2 / widths, axis=1))
+    return errors
 
 
-def _masses(profile: PowerProfile, times: Array) -> Array:
-    """(t_i/t)^(gamma+1) - (t_(i-1)/t)^(gamma+1): the profile's integral over the interval before each time."""
-    # Merged knots forget where a snapshot was: an interval that its t cuts counts up to t only.
-    ends = np.minimum(times, profile.t)
-    starts = np.concatenate([[0.0], ends[:-1]])
-    before_end = np.exp((profile.gamma + 1) * _log_ratio(ends, np.float64(profile.t)))
-    masses: Array = before_end * -np.expm1((profile.gamma + 1) * _log_ratio(starts, ends))
-    return masses
+def intervals(times: Array, t: float) -> tuple[Array, Array]:
+    """Start and end of the interval before each time, from 0 on, and up to t only."""
+    # Merged knots forget where a snapshot was, so that its t may cut an interval.
+    ends = np.minimum(times, t)
+    return np.concatenate([[0.0], ends[:-1]]), ends
 
 
 class UpdateHistory:

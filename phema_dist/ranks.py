@@ -6,8 +6,11 @@ All of them carry small Python objects over gloo, so no accelerator is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -119,3 +122,20 @@ def join(process_group: dist.ProcessGroup | None = None) -> Ranks:
             dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=process_group is not None
         )
     return Ranks(dist.get_rank(group), size, group)
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """Collective: the ranks that torchrun started together with this process; alone if it was not started by that.
+
+    A group that is there already is used as it is.
+    """
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Ranks may wait long for the slowest one; torchrun ends all of them if one dies.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        try:
+            yield join()
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield join()

@@ -15,10 +15,12 @@ ORDER = [
     "storage.manifest", "storage.key", "storage.remote", "storage.s3", "storage.store", "storage.snapshot",
     "storage.run",
     "training.parts", "training.wrappers", "training.layout", "training.ownership", "training.device",
-    "training.staging", "training.tracker", "training.buffers", "training.writer", "training.session",
-    "training.attach", "training.state", "training.swap",
-    "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.stream", "synthesis.request",
-    "synthesis.consolidate",
+    "training.staging", "training.tracker", "training.buffers", "training.policy", "training.writer",
+    "training.session", "training.attach", "training.state", "training.swap",
+    "synthesis.recipe", "synthesis.sums", "synthesis.tiles", "synthesis.reading", "synthesis.stream",
+    "synthesis.request",
+    "synthesis.reader", "synthesis.checkpoint", "synthesis.files", "synthesis.export",
+    "synthesis.consolidate", "synthesis.join",
     "plot", "evaluation", "ema", "cli",
 ]  # fmt: skip
 EXEMPT = {"__init__", "__main__", "storage.__init__", "training.__init__", "synthesis.__init__"}
@@ -30,9 +32,9 @@ OWNERS = {
     "matplotlib": {"plot"},
     "argparse": {"cli"},
     "tqdm": {"cli"},
-    "concurrent": {"synthesis.stream"},
+    "concurrent": {"synthesis.reading", "synthesis.stream"},
     "pickle": set(),
-    "torch.distributed": {"ranks", "training.parts", "training.wrappers", "training.state", "ema"},
+    "torch.distributed": {"ranks", "training.parts", "training.wrappers", "training.state", "synthesis.reader", "ema"},
 }
 
 

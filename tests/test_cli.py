@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from phema_dist import PostHocEMA, synthesize
-from phema_dist.cli import main
+from phema_dist.cli import _size, main
+from phema_dist.target import ConstantBeta, Explicit, Power, UniformTail
 
 
 @pytest.fixture
@@ -101,15 +102,53 @@ def test_a_result_is_not_overwritten_unless_forced(local_run: Path, tmp_path: Pa
     assert "weight" in load_file(out)
 
 
-def test_a_failed_synthesis_leaves_no_file(local_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_snapshot_is_left_out_or_with_strict_an_error_that_leaves_no_file(
+    local_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     shard = local_run / "snapshots/000000000020-a0/sigma_rel-0.28/rank-00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 255
     shard.write_bytes(content)
     out = tmp_path / "made/average.safetensors"
-    assert main(["synthesize", str(local_run), "--sigma-rel", "0.15", "--out", str(out)]) == 1
+    command = ["synthesize", str(local_run), "--sigma-rel", "0.15", "--out", str(out)]
+    assert main([*command, "--strict"]) == 1
     assert "000000000020-a0/sigma_rel-0.28/rank-00000.safetensors" in capsys.readouterr().err
     assert list(out.parent.iterdir()) == []
+    assert main(command) == 0
+    assert "from snapshots: 2," in capsys.readouterr().out
+    assert "000000000020-a0/sigma_rel-0.28/rank-00000.safetensors" in caplog.text
+    assert main(command) == 0
+    assert "it was there already" in capsys.readouterr().out
+
+
+def test_every_kind_of_target_is_made_in_one_pass(
+    local_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--tail", "0.5", "--sigma-rel", "0.2", "--beta", "0.9", "--sigma-rel", "0.2@20", "--beta", "0.8@20",
+        "--beta-every", "2", "--coefficients", '{"10": 0.25, "30": 0.75}', "--sigma-rel", "0.2",
+    ]  # fmt: skip
+    assert main(["synthesize", str(local_run), *arguments, "--out", str(tmp_path / "made")]) == 0
+    wanted = [
+        UniformTail(0.5), Power(0.2), ConstantBeta(0.9, 2), Power(0.2, 20), ConstantBeta(0.8, 2, 20),
+        Explicit(((10, 0.25), (30, 0.75))),
+    ]  # fmt: skip
+    told = capsys.readouterr().out.splitlines()
+    for target, average, line in zip(wanted, synthesize(local_run, wanted), told, strict=True):
+        path = tmp_path / "made" / target.name / "model.safetensors"
+        assert line.startswith(f"{path}: {target.name} at t={average.t}, ")
+        found = load_file(path)
+        assert all(torch.equal(found[name], tensor) for name, tensor in average.state_dict.items())
+        assert average.target == target
+        assert average.sigma_rel == (target.sigma_rel if isinstance(target, Power) else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("123", 123), ("500MB", 500_000_000), ("5GiB", 5 << 30), ("1.5kb", 1500), ("2 TB", 2 * 10**12), ("7b", 7)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, num_bytes: int) -> None:
+    assert _size(text) == num_bytes
 
 
 def test_an_incomplete_snapshot_is_listed_with_its_reason(local_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +168,20 @@ def test_an_incomplete_snapshot_is_listed_with_its_reason(local_run: Path, capsy
         (["synthesize", "RUN", "--sigma-rel", "0.35", "--out", "x"], 2, "must lie in (0, 0.28867]"),
         (["synthesize", "RUN", "--sigma-rel", "wide", "--out", "x"], 2, "wide"),
         (["synthesize", "RUN", "--sigma-rel", "0.1"], 2, "--out"),
+        (["synthesize", "RUN", "--out", "x"], 2, "--sigma-rel, --beta, --tail or --coefficients"),
+        (["synthesize", "RUN", "--beta", "1.5", "--out", "x"], 2, "1.5"),
+        (["synthesize", "RUN", "--tail", "0", "--out", "x"], 2, "0"),
+        (["synthesize", "RUN", "--tail", "0.2@soon", "--out", "x"], 2, "soon"),
+        (["synthesize", "RUN", "--beta", "0.9", "--beta-every", "0", "--out", "x"], 1, "must be above 0"),
+        (["synthesize", "RUN", "--coefficients", '{"a": 1}', "--out", "x"], 2, "must be like"),
+        (["synthesize", "RUN", "--coefficients", '{"15": 1}', "--out", "x"], 1, "t=15"),
+        (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x.ckpt"], 1, "end in .safetensors or .pt"),
+        (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x.pt", "--format", "safetensors"], 1, "must fit"),
+        (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x.safetensors", "--sharded"], 1, "a folder"),
+        (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x", "--sharded", "--format", "pt"], 1, "consolidate"),
+        (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x", "--max-file-size", "big"], 2, "500MB"),
+        (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x", "--memory", "0"], 2, "500MB"),
+        (["consolidate", "RUN", "--out", "x"], 1, "rank-*-of-*.safetensors"),
         (["ls", "RUN", "--storage-options", "[1]"], 2, "JSON object"),
         ([], 2, "COMMAND"),
     ],
@@ -161,7 +214,7 @@ def test_a_poor_certificate_warns_and_does_not_fail(local_run: Path, tmp_path: P
     assert "left out an incomplete snapshot, t=10" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["ls", "synthesize"])
+@pytest.mark.parametrize("command", ["ls", "synthesize", "consolidate"])
 def test_help_has_an_example_that_runs(
     command: str, local_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,8 +222,14 @@ def test_help_has_an_example_that_runs(
         main([command, "--help"])
     example = " ".join(capsys.readouterr().out.split()).partition("example: phema ")[2].split()
     assert example[0] == command
-    words = [str(local_run) if "/" in word and i == 1 else word for i, word in enumerate(example)]
-    assert main([str(tmp_path / word) if word.endswith("/") else word for word in words]) == 0
+    if command == "consolidate":
+        assert (
+            main(["synthesize", str(local_run), "--sigma-rel", "0.2", "--sharded", "--out", str(tmp_path / "sharded")])
+            == 0
+        )
+    words = [str(tmp_path / "sharded") if word == "sharded/" else word for word in example]
+    words = [str(local_run) if word.startswith(("s3:", "runs/")) else word for word in words]
+    assert main([str(tmp_path / word) if word.endswith(("/", ".safetensors")) else word for word in words]) == 0
 
 
 def test_an_average_beyond_the_dtype_of_the_file_is_refused_by_name(

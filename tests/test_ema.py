@@ -430,7 +430,7 @@ def test_after_an_outage_all_snapshots_are_taken_again(tmp_path: Path, monkeypat
         time.sleep(0.05)  # puts take less
         ema.update_(model)
         writer.drain()
-    assert writer._every == 1
+    assert writer._grid.every == 1
     assert writer.counts.skipped - skipped < 16
     ema.close()
 
@@ -464,15 +464,21 @@ def test_an_incomplete_snapshot_is_left_out_and_named(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize(("t", "position"), [(80, -3), (10, 20)], ids=["data", "header"])
-def test_a_flipped_byte_is_refused_naming_the_file(tmp_path: Path, t: int, position: int) -> None:
+def test_a_flipped_byte_is_left_out_naming_the_file(
+    tmp_path: Path, t: int, position: int, caplog: pytest.LogCaptureFixture
+) -> None:
     trained(tmp_path / "run")
     name = f"{t:012d}-a0/sigma_rel-0.05/rank-00000.safetensors"
     path = tmp_path / "run/snapshots" / name
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
-    with pytest.raises(SnapshotError, match=f"{name}.*checksum"):
-        synthesize(tmp_path / "run", [0.1])
+    (found,) = synthesize(tmp_path / "run", [0.1])
+    (left_out,) = found.certificate.left_out
+    assert left_out.startswith(f"t={t}: ")
+    assert name in left_out
+    assert "checksum" in left_out
+    assert f"left out an incomplete snapshot, {left_out}" in caplog.text
 
 
 def test_without_any_complete_snapshot_the_error_says_what_to_wait_for(tmp_path: Path) -> None:
@@ -1051,7 +1057,7 @@ def test_a_last_snapshot_that_was_due_and_skipped_is_written_at_close(
     assert open_run(open_store(tmp_path / "run")).complete[-1].t == 31
 
     again = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=True)
-    again._session.writer._every = 1024
+    again._session.writer._grid.every = 1024
     for _ in range(9):
         again.update_(model)
     again.close()  # at 40, which was due and not taken

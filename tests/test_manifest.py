@@ -5,7 +5,7 @@ import json
 import pytest
 
 from phema_dist.errors import RunError
-from phema_dist.storage.manifest import Attempt, Manifest, RunInfo, ShardFile, TensorFacts, from_json, to_json
+from phema_dist.storage.manifest import Attempt, Index, Manifest, RunInfo, ShardFile, TensorFacts, from_json, to_json
 
 FILE = ShardFile("sigma_rel-0.05/rank-00003.safetensors", 0.05, 128, 4096, ("0011", "2233"))
 MANIFEST = Manifest(1, 1000, 0, "abc", 3, 8, 1000, ((900, 90), (1000, 1)), "F32", 4 << 20, (FILE,), None)
@@ -15,7 +15,10 @@ RUN = RunInfo(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("document", [MANIFEST, RUN, Attempt(1, 0, 500, 8, "abc"), Attempt(0, None, 0, 1, "def")])
+DOCUMENTS = [MANIFEST, RUN, Attempt(1, 0, 500, 8, "abc"), Attempt(0, None, 0, 1, "def"), Index(1, (MANIFEST, MANIFEST))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_come_back_equal(document: object) -> None:
     assert from_json(type(document), to_json(document), "there") == document
 
@@ -51,3 +54,43 @@ def test_a_missing_field_is_named() -> None:
     del facts["token"]
     with pytest.raises(RunError, match=r"differs in \['token'\]"):
         from_json(Manifest, json.dumps(facts).encode(), "there")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((), 1, r"there is not a Index of format 1: it must have exactly the fields of Index; differs in no object"),
+        (("manifests",), None, "1: manifests must be a list like "),
+        (("manifests", 1), [], r"1: manifests\[1\] must have exactly the fields of Manifest; differs in no object"),
+        (("manifests", 1, "calls"), None, r"1: manifests\[1\]\.calls must be int, found 'None'"),
+        (("manifests", 0, "dtype"), 32, r"1: manifests\[0\]\.dtype must be str, found '32'"),
+        (("manifests", 1, "updates", 0), [1], r"1: manifests\[1\]\.updates\[0\] must be a list like"),
+        (("manifests", 1, "updates", 1, 0), -4, r"1: manifests\[1\]\.updates\[1\]\[0\] must not be negative, found -4"),
+        (("manifests", 0, "files", 0, "name"), 1, r"1: manifests\[0\]\.files\[0\]\.name must be str"),
+        (("manifests", 0, "files", 0, "checksums", 1), 1, r"1: manifests\[0\]\.files\[0\]\.checksums\[1\] must be str"),
+        (("manifests", 0, "files", 0, "sigma_rel"), 10**400, r"files\[0\]\.sigma_rel must be float, found '1000"),
+        (("manifests", 0, "files", 0, "sigma_rel"), True, r"files\[0\]\.sigma_rel must be float, found 'True'"),
+    ],
+)
+def test_what_is_wrong_deep_inside_is_named_by_its_path(
+    path: tuple[str | int, ...], value: object, message: str
+) -> None:
+    document = [json.loads(to_json(Index(1, (MANIFEST, MANIFEST))))]
+    inside, last = document, 0
+    for step in path:
+        inside, last = inside[last], step  # type: ignore[index]
+    inside[last] = value  # type: ignore[index]
+    with pytest.raises(RunError, match=message):
+        from_json(Index, json.dumps(document[0]).encode(), "there")
+
+
+def test_numbers_may_be_written_without_a_fraction() -> None:
+    text = to_json(RUN).replace(b"0.05", b"1")
+    assert from_json(RunInfo, text, "there").sigma_rels == (1.0, 0.28)
+    assert type(from_json(RunInfo, text, "there").sigma_rels[0]) is float
+
+
+def test_an_entry_of_a_table_is_named() -> None:
+    text = to_json(RUN).replace(b'"kind":"parameter"', b'"kind":null')
+    with pytest.raises(RunError, match=r"tensors\[w\]\.kind must be str, found 'None'"):
+        from_json(RunInfo, text, "there")

@@ -21,10 +21,12 @@ from phema_dist.profile import (
     beta,
     beta_to_sigma_rel,
     coefficients,
+    fit,
     gamma_to_sigma_rel,
     inner_products,
     profile_error,
     recorded_error,
+    recorded_errors,
     sigma_rel_to_beta,
     sigma_rel_to_gamma,
     update_weight,
@@ -410,6 +412,25 @@ def test_recorded_error_of_a_stored_profile_is_zero() -> None:
     stored = grid((1000, 2000), (0.05, 0.28))
     x = coefficients(stored, stored[1])
     assert recorded_error(stored, x, stored[1], np.arange(1.0, 2001)) == 0.0
+
+
+def test_errors_of_several_targets_are_those_of_each_alone() -> None:
+    stored, times = grid((1000, 2000, 3000), (0.05, 0.28)), np.arange(5.0, 3001, 5)
+    targets = [PowerProfile(s, 3000) for s in (0.07, 0.28, 0.15)]
+    x, errors = fit(stored, targets)
+    recorded = recorded_errors(stored, x, targets, times)
+    for k, target in enumerate(targets):
+        alone, error = fit(stored, [target])
+        assert x[:, k].tolist() == alone[:, 0].tolist() == coefficients(stored, target).tolist()
+        assert errors[k] == error[0]
+        assert errors[k] == pytest.approx(profile_error(stored, x[:, k], target), abs=1e-8)
+        assert recorded[k] == recorded_error(stored, x[:, k], target, times)
+    assert errors[1] == recorded[1] == 0.0  # looked up
+
+
+def test_a_target_that_ends_before_what_is_stored_is_refused_beside_others() -> None:
+    with pytest.raises(ProfileError, match=r"at most the target's t=1500; got a snapshot at t=2000"):
+        fit(grid((1000, 2000), (0.05,)), [PowerProfile(0.1, 2000), PowerProfile(0.1, 1500)])
 
 
 def test_recorded_error_needs_updates_up_to_the_target() -> None:

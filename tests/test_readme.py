@@ -26,7 +26,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
     text = README.read_text().replace("s3://bucket/run", s3_url[0]).replace("https://...", s3_server.endpoint)
 
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
     names = {
@@ -47,14 +47,16 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
         names["ema"].update_(model, t=t)  # type: ignore[attr-defined]
     names["ema"].close()  # type: ignore[attr-defined]
     exec(f"with ema.state_dict{afterwards}", names)  # noqa: S102
-    exec(blocks[3], names)  # noqa: S102
+    for block in blocks[3:]:
+        exec(block, names)  # noqa: S102
 
     commands = [line.partition("#")[0] for line in text.splitlines() if line.startswith("phema ")]
-    assert len(commands) == 3
+    assert len(commands) == 5
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
     assert (tmp_path / "ema.safetensors").exists()
-    assert len(list((tmp_path / "averages").rglob("*.safetensors"))) == 3
+    assert (tmp_path / "joined.safetensors").exists()
+    assert len(list((tmp_path / "averages").rglob("*.safetensors"))) == 4
 
 
 def test_the_commands_of_the_readme_exist() -> None:

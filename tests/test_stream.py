@@ -1,23 +1,33 @@
 """The stream on runs that are written by hand, sharded in any way: what it makes equals the dense sum, bit for bit."""
 
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phema_dist.errors import LayoutError, SnapshotError
+from phema_dist.errors import DamagedError, KeyMissingError, SettingsError, SnapshotError
 from phema_dist.shard import Box, whole
 from phema_dist.storage import run as runs
-from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Manifest, RunInfo, TensorFacts, shard_name
+from phema_dist.storage import snapshot as snapshots
+from phema_dist.storage.manifest import FORMAT, Manifest, RunInfo, TensorFacts, shard_name
 from phema_dist.storage.snapshot import DTYPE_NAMES, Image, write_snapshot
 from phema_dist.storage.store import LocalStore, open_store
 from phema_dist.synthesis import stream as streams
 from phema_dist.synthesis import tiles
-from phema_dist.synthesis.recipe import plan
+from phema_dist.synthesis.recipe import Recipe, plan
 from phema_dist.synthesis.stream import num_bytes, stream
 
 SIGMA_RELS = (0.05, 0.28)
@@ -54,11 +64,16 @@ Values = dict[tuple[float, int], dict[str, torch.Tensor]]
 
 
 def write_run(
-    path: Path, layouts: Sequence[tuple[int, Owned]], dtype: torch.dtype = torch.float32
+    path: Path,
+    layouts: Sequence[tuple[int, Owned]],
+    dtype: torch.dtype = torch.float32,
+    buffers: Sequence[str] = (),
 ) -> tuple[runs.Run, Values]:
     """A run with a snapshot for each (t, layout), each layout its own attempt, and what is in it."""
     store = open_store(path)
-    tensors = {name: TensorFacts(shape, "F32", "parameter") for name, shape in SHAPES.items()}
+    tensors = {
+        name: TensorFacts(shape, "F32", "buffer" if name in buffers else "parameter") for name, shape in SHAPES.items()
+    }
     runs.create_run(
         store, RunInfo(FORMAT, "test", SIGMA_RELS, "steps", 0, only_save_diff=False, tensors=tensors, aliases={})
     )
@@ -86,7 +101,7 @@ def write_run(
                 images.append((shard_name(sigma_rel, rank), sigma_rel, image))
             manifest = Manifest(
                 FORMAT, t, attempt.number, attempt.token, rank, len(owned), t, ((t, t),), DTYPE_NAMES[dtype],
-                BLOCK_BYTES, (),
+                snapshots.BLOCK_BYTES, (),
             )  # fmt: skip
             write_snapshot(store, manifest, images)
         parent = runs.open_run(store).newest()
@@ -96,14 +111,18 @@ def write_run(
 def made(
     run: runs.Run, sigma_rels: Sequence[float], wanted: dict[str, list[Box]] | None = None
 ) -> list[dict[str, torch.Tensor]]:
-    states = [{name: torch.full(shape, torch.nan) for name, shape in SHAPES.items()} for _ in sigma_rels]
+    return streamed(run, plan(run, sigma_rels), wanted=wanted)
+
+
+def streamed(run: runs.Run, recipes: Sequence[Recipe], **settings: Any) -> list[dict[str, torch.Tensor]]:
+    states = [{name: torch.full(shape, torch.nan) for name, shape in SHAPES.items()} for _ in recipes]
 
     def sink(k: int, name: str, box: Box, values: torch.Tensor) -> None:
         part = states[k][name][box.relative_to(whole(SHAPES[name]))]
         assert part.isnan().all(), "an element was handed out twice"
         part.copy_(values)
 
-    stream(run.store, run.info, plan(run, sigma_rels), sink, wanted=wanted)
+    stream(run.store, run.info, recipes, sink, **settings)
     return states
 
 
@@ -158,33 +177,263 @@ def test_results_do_not_depend_on_tiles_and_threads(tmp_path: Path, monkeypatch:
     run, _ = write_run(tmp_path / "run", [(10 * i, by_rows(i)) for i in (1, 2, 3)])
     whole_tiles = made(run, [0.1, 0.2])
     monkeypatch.setattr(tiles, "TILE_BYTES", 16)
-    monkeypatch.setattr(streams, "_num_readers", lambda *_: 5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
     tiny_tiles = made(run, [0.1, 0.2])
     for a, b in zip(whole_tiles, tiny_tiles, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in SHAPES)
 
 
-def test_several_targets_read_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = write_run(tmp_path / "run", [(10 * i, by_rows(2)) for i in (1, 2, 3)])
-    original, num_read = LocalStore.read_into, 0
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Blocks of so few bytes that these runs have many."""
+    monkeypatch.setattr(snapshots, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 64)
+    monkeypatch.setattr(tiles, "SPAN_BYTES", 32)
+    monkeypatch.setattr(streams, "_STRIP_BYTES", 32)
+    monkeypatch.setattr(streams, "_STRIP_OF_BATCH_BYTES", 32)
+    monkeypatch.setattr(streams, "_RANGE_BYTES", 128)
+    return 64
 
-    def counted(self: LocalStore, key: str, start: int, buffer: memoryview) -> None:
-        nonlocal num_read
-        num_read += len(buffer)
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What is read of shard files: key, first byte, one past the last."""
+    found = []
+    original = LocalStore.read_into
+
+    def listed(self: LocalStore, key: str, start: int, buffer: memoryview) -> None:
+        found.append((key, start, start + len(buffer)))
         original(self, key, start, buffer)
 
-    monkeypatch.setattr(LocalStore, "read_into", counted)
-    made(run, [0.1])
-    one, num_read = num_read, 0
+    monkeypatch.setattr(LocalStore, "read_into", listed)
+    return found
+
+
+def data_bytes(run: runs.Run, reads: Sequence[tuple[str, int, int]]) -> int:
+    """How much of that is not headers."""
+    headers = {f"{s.folder}/{f.name}": f.header_bytes for s in run.complete for m in s.manifests for f in m.files}
+    return sum(stop - start for key, start, stop in reads if start >= headers[key])
+
+
+ELASTIC = [by_rows(2), by_rows(3), by_columns(2), by_rows(3), by_rows(3)]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_nothing_is_read_twice_whatever_the_shardings(tmp_path: Path, reads: list[tuple[str, int, int]]) -> None:
+    run, values = write_run(tmp_path / "run", [(10 * (i + 1), owned) for i, owned in enumerate(ELASTIC)])
+    (state,) = made(run, [0.1])
+    assert all(torch.equal(state[name], x) for name, x in dense(run, values, 0.1).items())
+    assert data_bytes(run, reads) == num_bytes(plan(run, [0.1]))
+    reads.clear()
     made(run, [0.1, 0.12, 0.15, 0.2, 0.25])
-    assert num_read == one
-    headers = sum(file.header_bytes for manifest in run.complete[0].manifests for file in manifest.files[:1])
-    assert one == headers + num_bytes(plan(run, [0.1]))
+    assert data_bytes(run, reads) == num_bytes(plan(run, [0.1]))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_of_the_boxes_wanted_each_block_that_they_touch_is_read_once(
+    tmp_path: Path, small_blocks: int, reads: list[tuple[str, int, int]], *, columns: bool
+) -> None:
+    run, _ = write_run(tmp_path / "run", [(10 * (i + 1), owned) for i, owned in enumerate(ELASTIC)])
+    boxes = {"a": [Box((0, 2), (7, 2)) if columns else Box((2, 0), (3, 5))]}
+    made(run, [0.1], boxes)
+    touched = 0
+    for snapshot in run.complete:
+        for file in (file for manifest in snapshot.manifests for file in manifest.files):
+            key = f"{snapshot.folder}/{file.name}"
+            header = (tmp_path / "run" / key).read_bytes()[: file.header_bytes]
+            blocks = set()
+            for entry in snapshots.parse_header(header, file, run.info, key):
+                for index in range(entry.box.numel if entry.fqn == "a" else 0):
+                    row, column = divmod(index, entry.box.sizes[1])
+                    row, column = row + entry.box.offsets[0], column + entry.box.offsets[1]
+                    if 2 <= column < 4 if columns else 2 <= row < 5:
+                        blocks.add((entry.start + 4 * index) // small_blocks)
+            touched += sum(min(small_blocks, file.data_bytes - block * small_blocks) for block in blocks)
+    assert data_bytes(run, reads) == touched
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_for_which_there_is_no_room_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[tuple[str, int, int]]
+) -> None:
+    run, values = write_run(tmp_path / "run", [(10 * (i + 1), owned) for i, owned in enumerate(ELASTIC)])
+    original = streams._fit
+    monkeypatch.setattr(streams, "_fit", lambda *args: replace(original(*args), kept_bytes=0))
+    (state,) = made(run, [0.1])
+    assert all(torch.equal(state[name], x) for name, x in dense(run, values, 0.1).items())
+    assert data_bytes(run, reads) > num_bytes(plan(run, [0.1]))
+
+
+class Remote:
+    """A store that is not a local disk: whatever is asked of it, a folder answers."""
+
+    read_concurrency = 16
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("sigma_rels", [[0.1], [0.05, 0.1, 0.28, 0.2]])
+def test_an_object_store_gives_the_same_by_many_reads_at_a_time(
+    tmp_path: Path, reads: list[tuple[str, int, int]], sigma_rels: list[float]
+) -> None:
+    run, values = write_run(tmp_path / "run", [(10 * (i + 1), owned) for i, owned in enumerate(ELASTIC)])
+    remote = replace(run, store=Remote(run.store))
+    for sigma_rel, state in zip(sigma_rels, made(remote, sigma_rels), strict=True):
+        assert all(torch.equal(state[name], x) for name, x in dense(run, values, sigma_rel).items())
+    assert data_bytes(run, reads) == num_bytes(plan(run, sigma_rels))
+
+
+def test_averages_that_end_at_different_t_have_the_buffers_of_their_own_newest_snapshots(
+    tmp_path: Path, reads: list[tuple[str, int, int]]
+) -> None:
+    layouts = [(10, by_rows(2)), (20, by_rows(3)), (30, by_rows(2))]
+    run, values = write_run(tmp_path / "run", layouts, buffers=["c", "d"])
+    recipes = [*plan(run, [0.1], 20), *plan(run, [0.1, 0.05], 30), *plan(run, [0.2], 20)]
+    states = streamed(run, recipes)
+    for recipe, state in zip(recipes, states, strict=True):
+        for name in SHAPES:
+            if name in {"c", "d"}:
+                assert torch.equal(state[name], values[0.05, recipe.t][name])
+            else:
+                terms = [values[x.sigma_rel, x.snapshot.t][name].double() * x.coefficient for x in recipe.terms]
+                torch.testing.assert_close(state[name], sum(terms, torch.zeros(())).float())
+    assert data_bytes(run, reads) == num_bytes(recipes)
+
+
+def test_memory_that_is_too_little_is_refused_with_the_least(tmp_path: Path) -> None:
+    run, _ = write_run(tmp_path / "run", [(10, by_rows(1)), (20, by_rows(1))])
+    with pytest.raises(SettingsError, match="must be at least") as caught:
+        streamed(run, plan(run, [0.1]), memory_bytes=1000)
+    (least,) = re.findall(r"at least (\d+)", str(caught.value))
+    streamed(run, plan(run, [0.1]), memory_bytes=int(least))
+    with pytest.raises(SettingsError, match="must be at least"):
+        streamed(run, plan(run, [0.1]), memory_bytes=int(least) - 1)
+
+
+PEAK = """
+import sys, torch
+from phema_dist.storage.run import open_run
+from phema_dist.storage.store import open_store
+from phema_dist.synthesis.recipe import plan
+from phema_dist.synthesis.stream import stream
+
+def resident(field):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+run = open_run(open_store(sys.argv[1]))
+recipes = plan(run, [0.1 + 0.002 * k for k in range(int(sys.argv[2]))])
+before = resident("VmRSS:")
+stream(run.store, run.info, recipes, lambda *_: None, memory_bytes=int(sys.argv[3]))
+print(resident("VmHWM:") - before)
+"""
+
+
+@pytest.mark.parametrize("num_targets", [1, 30])
+def test_memory_is_bounded_for_a_model_ten_times_larger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_targets: int
+) -> None:
+    peaks = []
+    for million in (2, 20):
+        monkeypatch.setitem(SHAPES, "a", (million * 1000, 1000))
+        path = tmp_path / str(million)
+        write_run(path, [(10, by_rows(2)), (20, by_rows(3))])
+        command = [sys.executable, "-c", PEAK, str(path), str(num_targets), str(80 << 20)]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    slack = 20 << 20  # what Python and threads take
+    assert all(peak < (80 << 20) + slack for peak in peaks), peaks
+    assert 4 * sum(math.prod(shape) for shape in SHAPES.values()) * 4 > 2 * (100 << 20)  # it would not fit
+
+
+def test_a_flipped_byte_is_told_with_its_file_rank_and_tensors(tmp_path: Path) -> None:
+    run, _ = write_run(tmp_path / "run", [(10, by_rows(2)), (20, by_rows(2))])
+    snapshot = run.complete[0]
+    path = tmp_path / "run" / snapshot.folder / "sigma_rel-0.28" / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        DamagedError, match=r"rank-00001\.safetensors is damaged.* rank 1 wrote.*values of a, b, "
+    ) as caught:
+        made(run, [0.1])
+    assert caught.value.folder == snapshot.folder
+    assert "elete" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [50, -1])
+def test_a_file_that_was_cut_off_is_damaged_and_one_that_is_gone_is_missing(tmp_path: Path, kept: int) -> None:
+    run, _ = write_run(tmp_path / "run", [(10, by_rows(2)), (20, by_rows(2))])
+    path = tmp_path / "run" / run.complete[0].folder / "sigma_rel-0.05" / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(
+        DamagedError, match=r"rank-00000\.safetensors is damaged: it has \d+ bytes, and \d+ were"
+    ) as caught:
+        made(run, [0.1])
+    assert caught.value.folder == run.complete[0].folder
+    path.unlink()
+    with pytest.raises(KeyMissingError):
+        made(run, [0.1])
+
+
+def test_a_header_that_was_changed_is_damage(tmp_path: Path) -> None:
+    run, _ = write_run(tmp_path / "run", [(10, by_rows(2)), (20, by_rows(2))])
+    path = tmp_path / "run" / run.complete[0].folder / "sigma_rel-0.05" / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"the header is not the one that was written.*[Rr]ank 1") as caught:
+        made(run, [0.1])
+    assert caught.value.folder == run.complete[0].folder
+
+
+def test_a_sink_that_stumbles_over_damaged_bytes_is_not_to_blame(tmp_path: Path) -> None:
+    run, _ = write_run(tmp_path / "run", [(10, by_rows(1)), (20, by_rows(1))])
+
+    def picky(k: int, name: str, box: Box, values: torch.Tensor) -> None:
+        raise ValueError("what a value")
+
+    with pytest.raises(ValueError, match="what a value"):
+        stream(run.store, run.info, plan(run, [0.1]), picky)
+    path = tmp_path / "run" / run.complete[0].folder / "sigma_rel-0.05" / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedError):
+        stream(run.store, run.info, plan(run, [0.1]), picky)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("remote", [False, True])
+def test_after_an_error_readers_stop_and_torch_has_its_threads_again(
+    tmp_path: Path, reads: list[tuple[str, int, int]], error: type[BaseException], *, remote: bool
+) -> None:
+    run, _ = write_run(tmp_path / "run", [(10, by_rows(1)), (20, by_rows(1))])
+    store: Any = Remote(run.store) if remote else run.store
+
+    def sink(k: int, name: str, box: Box, values: torch.Tensor) -> None:
+        time.sleep(0.05)
+        raise error
+
+    before, threads = torch.get_num_threads(), threading.active_count()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(error):
+            stream(store, run.info, plan(run, [0.1]), sink)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threading.active_count() == threads
+    assert data_bytes(run, reads) < num_bytes(plan(run, [0.1]))
 
 
 def test_a_shard_of_another_rank_in_its_place_is_refused(tmp_path: Path) -> None:
     run, _ = write_run(tmp_path / "run", [(10, [[("a", Box((0, 0), (3, 5)))], [("a", Box((3, 0), (3, 5)))]])])
-    with pytest.raises((LayoutError, SnapshotError), match="every element of a"):
+    with pytest.raises(DamagedError, match="every element of a"):
         made(run, [0.1])
 
 

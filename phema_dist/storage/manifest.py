@@ -3,6 +3,7 @@
     run.json                                  RunInfo: what all snapshots of the run have in common
     attempts/0.json                           Attempt: one start of a job on the run
     snapshots/000000001000-a0/rank-…json      Manifest: one rank's part of a snapshot; written last, it makes it exist
+    snapshots/000000001000-a0/index.json      Index: all of these in one, later, so that a big run opens quickly
 
 Where the tensors lie in a shard file stands in that file's own safetensors header, and nowhere else; the manifest
 holds the header's checksum. Equal headers, and all snapshots of one attempt have equal ones, are read once.
@@ -12,17 +13,21 @@ from __future__ import annotations
 
 import json
 import types
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache, partial
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from phema_dist.errors import RunError
 
 FORMAT = 1
 RUN_KEY = "run.json"
+INDEX_NAME = "index.json"  # inside the snapshot
 PARAMETER, BUFFER = "parameter", "buffer"  # kinds of tensors: averaged, or copied
 BLOCK_BYTES = 4 << 20  # of a checksum: small enough for a ranged read, large enough that manifests stay small
 
 T = TypeVar("T")
+_EXACT = 2**53  # integers below are floats too
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,14 @@ class Manifest:
     refused: str | None = None
 
 
+@dataclass(frozen=True)
+class Index:
+    """The manifests of all ranks of a complete snapshot, by rank: a copy, for manifests are what makes it exist."""
+
+    format: int
+    manifests: tuple[Manifest, ...]
+
+
 def attempt_key(number: int) -> str:
     """Where an attempt is recorded."""
     return f"attempts/{number}.json"
@@ -137,39 +150,104 @@ def from_json(kind: type[T], text: bytes, where: str) -> T:
     if isinstance(value, dict) and isinstance(found := value.get("format"), int) and found > FORMAT:
         raise RunError(f"{where} has format {found}; this phema-dist reads formats up to {FORMAT}. Upgrade phema-dist.")
     try:
-        return _decode(kind, value, "")  # type: ignore[no-any-return]
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{where} is not a {kind.__name__} of format {FORMAT}: {error}") from error
+        return _decoder(kind)(value)  # type: ignore[arg-type, no-any-return]
+    except _MisfitError as error:
+        problem = f"{error.field.lstrip('.') or 'it'} {error}"
+        raise RunError(f"{where} is not a {kind.__name__} of format {FORMAT}: {problem}") from error
 
 
-def _decode(kind: Any, value: Any, field: str) -> Any:
+class _MisfitError(Exception):
+    """A value that is not what it must be. Decoders on the way out put in front of `field` where it stands."""
+
+    field = ""
+
+    def inside(self, place: str) -> None:
+        self.field = f"{place}{self.field}"
+
+
+# A big run has 65 536 manifests: types are looked at once, and what is left is a tree of plain functions.
+@cache
+def _decoder(kind: Any) -> Callable[[Any], Any]:
+    """Return the function that turns parsed JSON into a `kind`, or raises _MisfitError."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in {Union, types.UnionType}:
-        return None if value is None else _decode(args[0], value, field)
+        return partial(_optional, _decoder(args[0]))
+    if origin is tuple and args[-1] is ...:
+        return partial(_list, kind, _decoder(args[0]))
     if origin is tuple:
-        if not isinstance(value, list) or (args[-1] is not ... and len(value) != len(args)):
-            raise TypeError(f"{field} must be a list like {kind}")
-        kinds = args if args[-1] is not ... else args[:1] * len(value)
-        return tuple(_decode(k, v, f"{field}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+        return partial(_row, kind, tuple(map(_decoder, args)))
     if origin is dict:
-        if not isinstance(value, dict):
-            raise TypeError(f"{field} must be an object")
-        return {key: _decode(args[1], v, f"{field}[{key}]") for key, v in value.items()}
+        return partial(_object, _decoder(args[1]))
     if is_dataclass(kind):
-        return _decode_dataclass(kind, value, field)
-    if kind is float and type(value) is int:
-        value = float(value)
+        return partial(_facts, kind, {name: _decoder(hint) for name, hint in get_type_hints(kind).items()})
+    return {float: _float, int: _count}.get(kind) or partial(_plain, kind)
+
+
+def _optional(decode: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else decode(value)
+
+
+def _list(kind: Any, decode: Callable[[Any], Any], value: Any) -> Any:
+    if type(value) is not list:
+        raise _MisfitError(f"must be a list like {kind}")
+    return _each((decode,) * len(value), value)
+
+
+def _row(kind: Any, decoders: tuple[Callable[[Any], Any], ...], value: Any) -> Any:
+    if type(value) is not list or len(value) != len(decoders):
+        raise _MisfitError(f"must be a list like {kind}")
+    return _each(decoders, value)
+
+
+def _each(decoders: tuple[Callable[[Any], Any], ...], value: list[Any]) -> tuple[Any, ...]:
+    decoded: list[Any] = []
+    try:
+        for decode, item in zip(decoders, value, strict=True):
+            decoded.append(decode(item))
+    except _MisfitError as error:
+        error.inside(f"[{len(decoded)}]")
+        raise
+    return tuple(decoded)
+
+
+def _object(decode: Callable[[Any], Any], value: Any) -> Any:
+    if type(value) is not dict:
+        raise _MisfitError("must be an object")
+    decoded, key = {}, ""
+    try:
+        for key, item in value.items():
+            decoded[key] = decode(item)
+    except _MisfitError as error:
+        error.inside(f"[{key}]")
+        raise
+    return decoded
+
+
+def _facts(kind: Any, decoders: dict[str, Callable[[Any], Any]], value: Any) -> Any:
+    if type(value) is not dict or value.keys() != decoders.keys():
+        odd = sorted(decoders.keys() ^ value.keys()) if type(value) is dict else "no object"
+        raise _MisfitError(f"must have exactly the fields of {kind.__name__}; differs in {odd}")
+    decoded, name = {}, ""
+    try:
+        for name, decode in decoders.items():
+            decoded[name] = decode(value[name])
+    except _MisfitError as error:
+        error.inside(f".{name}")
+        raise
+    return kind(**decoded)
+
+
+def _float(value: Any) -> Any:
+    return float(value) if type(value) is int and abs(value) < _EXACT else _plain(float, value)
+
+
+def _count(value: Any) -> Any:
+    if type(value) is int and value >= 0:
+        return value
+    raise _MisfitError(f"must not be negative, found {_plain(int, value)}")
+
+
+def _plain(kind: Any, value: Any) -> Any:
     if type(value) is not kind:
-        raise TypeError(f"{field} must be {kind.__name__}, found {str(value)[:40]!r}")
-    if kind is int and value < 0:
-        raise ValueError(f"{field} must not be negative, found {value}")
+        raise _MisfitError(f"must be {kind.__name__}, found {str(value)[:40]!r}")
     return value
-
-
-def _decode_dataclass(kind: Any, value: Any, field: str) -> Any:
-    names = {f.name for f in fields(kind)}
-    if not isinstance(value, dict) or value.keys() != names:
-        odd = sorted(names ^ value.keys()) if isinstance(value, dict) else "no object"
-        raise TypeError(f"{field or 'it'} must have exactly the fields of {kind.__name__}; differs in {odd}")
-    hints = get_type_hints(kind)
-    return kind(**{name: _decode(hints[name], value[name], f"{field}.{name}".lstrip(".")) for name in names})

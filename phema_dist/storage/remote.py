@@ -68,25 +68,25 @@ class Client(NamedTuple):
         with self.lock:
             return getattr(self.filesystem, verb)(*args, **kwargs)
 
-    def call_each(self, seconds: float, verb: str, paths: Sequence[str]) -> Sequence[Any]:
-        """Call a verb for each path, all at once where it is a coroutine; an error stands in place of its result."""
+    def call_each(self, seconds: float, verb: str, arguments: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+        """Call a verb with each arguments, at once where it is a coroutine; an error stands in place of its result."""
 
-        def alone(path: str) -> Any:
+        def alone(*args: Any) -> Any:
             try:
-                return self.call(seconds, verb, path)
+                return self.call(seconds, verb, *args)
             except OSError as error:
                 return error
 
         async def together() -> list[Any]:
-            results = await asyncio.gather(*map(getattr(self.filesystem, f"_{verb}"), paths), return_exceptions=True)
-            return list(results)
+            ask = getattr(self.filesystem, f"_{verb}")
+            return list(await asyncio.gather(*(ask(*args) for args in arguments), return_exceptions=True))
 
         if not self.filesystem.async_impl:
-            return [alone(path) for path in paths]
+            return [alone(*args) for args in arguments]
         try:
             return self.run(seconds, together)
         except TimeoutError as error:
-            return [error] * len(paths)
+            return [error] * len(arguments)
 
     def run(self, seconds: float, make: Callable[[], Awaitable[_T]]) -> _T:
         """Run a coroutine on fsspec's thread; it is cancelled, and has time to tidy up, when time is up."""
@@ -157,11 +157,12 @@ class FsspecStore:
 
         return self._retried("reading", checked(key), read)
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+    def get_many(self, keys: Iterable[str], *, absent_ok: bool = False) -> dict[str, bytes]:
         """Read whole objects, many requests at a time."""
         return {
             key: self.get(key) if isinstance(it, BaseException) else bytes(it)
             for key, it in self._each("cat_file", keys)
+            if not (absent_ok and isinstance(it, FileNotFoundError))
         }
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
@@ -217,7 +218,7 @@ class FsspecStore:
         for first in range(0, len(names), _KEYS_AT_ONCE):
             batch = names[first : first + _KEYS_AT_ONCE]
             client = self._client()
-            paths = [f"{client.root}/{key}" for key in batch]
+            paths = [(f"{client.root}/{key}",) for key in batch]
             yield from zip(batch, client.call_each(self.deadline_seconds / 2, verb, paths), strict=True)
 
     def describe(self, key: str = "") -> str:

@@ -2,21 +2,29 @@
 
 The listing is the table of contents. A snapshot exists when the manifests of all its ranks do, with the token of its
 attempt, and every file that they name has its size. Nobody agrees on that: whoever looks derives it.
+
+An index holds the manifests of a whole snapshot once more, in one object, so that a big run opens quickly. It is never
+believed against them: where it does not fit, they are read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from phema_dist.errors import KeyExistsError, KeyMissingError, RunError, SnapshotError
 from phema_dist.storage.manifest import (
+    FORMAT,
+    INDEX_NAME,
     RUN_KEY,
     Attempt,
+    Index,
     Manifest,
     RunInfo,
     attempt_key,
@@ -29,9 +37,9 @@ from phema_dist.storage.manifest import (
 if TYPE_CHECKING:
     from phema_dist.storage.store import Store
 
+_log = logging.getLogger("phema_dist")
 _ATTEMPT = re.compile(r"attempts/(\d+)\.json")
-_SNAPSHOT = re.compile(r"snapshots/(\d+)-a(\d+)/(.+)")
-_MANIFEST = re.compile(r"rank-(\d+)-of-(\d+)\.json")
+_SNAPSHOT = re.compile(r"(\d+)-a(\d+)")
 _PIN = re.compile(r"pins/(\d+)")
 
 
@@ -41,7 +49,7 @@ class Snapshot:
 
     t: int
     attempt: int
-    num_bytes: int
+    num_bytes: int  # of its shards and manifests
     manifests: tuple[Manifest, ...]  # by rank, if complete
     problem: str | None
     unfinished: bool = False  # some rank has not written its manifest
@@ -62,6 +70,7 @@ class Run:
     snapshots: tuple[Snapshot, ...]  # that the newest attempt builds on, by t; incomplete ones too
     abandoned: tuple[Snapshot, ...]  # of older attempts, later than the t that a newer one continued from
     pins: frozenset[int] = field(default=frozenset())
+    indexed: frozenset[str] = field(default=frozenset())  # folders of snapshots that have an index
 
     @property
     def next_attempt(self) -> int:
@@ -93,7 +102,8 @@ class Run:
         return found
 
 
-Known = dict[str, tuple[dict[str, int], "Snapshot"]]  # folder -> its files and their sizes, and what they are
+# Folder -> its files and their sizes, without the index, which comes later, and what they are.
+Known = dict[str, tuple[dict[str, int], "Snapshot"]]
 
 
 def open_run(store: Store, known: Known | None = None) -> Run:
@@ -107,7 +117,34 @@ def open_run(store: Store, known: Known | None = None) -> Run:
     Raises:
         RunError: there is no run, or it cannot be read; names the place.
     """
-    return _read_run(store, store.list(), {} if known is None else known)
+    known = {} if known is None else known
+    try:
+        return _read_run(store, store.list(), known)
+    except KeyMissingError:  # retention of a job that writes has deleted a snapshot meanwhile
+        return _read_run(store, store.list(), known)
+
+
+def load_snapshots(store: Store, folders: Iterable[str]) -> dict[str, Snapshot]:
+    """Read some snapshots, by folder, without listing the run: for one who was told of them by who did.
+
+    The sizes of their files are not looked at.
+
+    Raises:
+        SnapshotError: what is there is no complete snapshot; says why.
+        KeyMissingError: something of it is gone; names it.
+    """
+    wanted = {folder: _t_and_attempt(folder) for folder in folders}
+    records = store.get_many({attempt_key(number) for _, number in wanted.values()})
+    attempts = {key: from_json(Attempt, text, store.describe(key)) for key, text in records.items()}
+    whole = {folder: attempts[attempt_key(number)] for folder, (_, number) in wanted.items()}
+    indexes = store.get_many((f"{folder}/{INDEX_NAME}" for folder in whole), absent_ok=True)
+    snapshots = {}
+    for folder, manifests in _read_manifests(store, whole, indexes, {}).items():
+        if isinstance(manifests, str):
+            raise SnapshotError(f"{store.describe(folder)}: {manifests}.")
+        num_bytes = sum(file.header_bytes + file.data_bytes for manifest in manifests for file in manifest.files)
+        snapshots[folder] = Snapshot(*wanted[folder], num_bytes, manifests, None)
+    return snapshots
 
 
 def read_info(store: Store) -> RunInfo:
@@ -150,33 +187,37 @@ def newest_attempt(store: Store) -> int:
     return max((int(match[1]) for match in found if match), default=-1)
 
 
+def write_index(store: Store, snapshot: Snapshot) -> None:
+    """Join the manifests of a complete snapshot in one object; one that is there already stays."""
+    with contextlib.suppress(KeyExistsError):
+        store.put(f"{snapshot.folder}/{INDEX_NAME}", to_json(Index(FORMAT, snapshot.manifests)))
+
+
 def delete_snapshot(store: Store, folder: str) -> None:
     """Remove a snapshot: first what makes it exist, then its data, so that it never looks whole and is not."""
-    keys = list(store.list(folder))
-    documents = [key for key in keys if key.endswith(".json")]
-    store.delete(sorted(documents))  # index.json before rank-*.json
-    store.delete(set(keys) - set(documents))
+    keys = store.list(folder).keys()
+    index = keys & {f"{folder}/{INDEX_NAME}"}
+    documents = {key for key in keys if key.endswith(".json")} - index
+    store.delete(index)
+    store.delete(sorted(documents))
+    store.delete(keys - documents - index)
 
 
 def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run:
     if RUN_KEY not in listing:
         raise RunError(f"{store.url} must hold a run of phema-dist; there is no {RUN_KEY} in it.")
-    files: dict[str, dict[str, int]] = {}
-    for key, num_bytes in listing.items():
-        if match := _SNAPSHOT.fullmatch(key):
-            files.setdefault(snapshot_folder(int(match[1]), int(match[2])), {})[match[3]] = num_bytes
+    files = _files_by_folder(listing)
+    indexed = frozenset(folder for folder, sizes in files.items() if sizes.pop(INDEX_NAME, None) is not None)
     for folder in [folder for folder in known if known[folder][0] != files.get(folder)]:
         del known[folder]
-    numbers = [key for key in listing if _ATTEMPT.fullmatch(key)]
-    manifests = [
-        f"{folder}/{name}" for folder in files.keys() - known for name in files[folder] if _MANIFEST.fullmatch(name)
-    ]
-    texts = store.get_many([RUN_KEY, *numbers, *manifests])
+    new = files.keys() - known
+    others = [key for key in listing if not key.startswith("snapshots/")]
+    numbers = [key for key in others if _ATTEMPT.fullmatch(key)]
+    texts = store.get_many([RUN_KEY, *numbers, *(f"{folder}/{INDEX_NAME}" for folder in new & indexed)])
     info = from_json(RunInfo, texts[RUN_KEY], store.describe(RUN_KEY))
     attempts = [from_json(Attempt, texts[key], store.describe(key)) for key in numbers]
     by_number = {attempt.number: attempt for attempt in attempts}
-    for folder in files.keys() - known:
-        known[folder] = files[folder], _read_snapshot(store, folder, files[folder], texts, by_number)
+    known |= _read_snapshots(store, {folder: files[folder] for folder in new}, texts, by_number)
     found = sorted((snapshot for _, snapshot in known.values()), key=lambda s: (s.t, s.attempt))
     limits = _visible_until(by_number)
     return Run(
@@ -185,54 +226,115 @@ def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run:
         tuple(sorted(attempts, key=lambda attempt: attempt.number)),
         tuple(s for s in found if s.t <= limits.get(s.attempt, -1)),
         tuple(s for s in found if s.t > limits.get(s.attempt, -1)),
-        frozenset(int(match[1]) for key in listing if (match := _PIN.fullmatch(key))),
+        frozenset(int(match[1]) for key in others if (match := _PIN.fullmatch(key))),
+        indexed,
     )
 
 
-def _read_snapshot(
-    store: Store, folder: str, sizes: Mapping[str, int], texts: Mapping[str, bytes], attempts: Mapping[int, Attempt]
-) -> Snapshot:
-    t, number = map(int, folder.removeprefix("snapshots/").split("-a"))
-    num_bytes, attempt = sum(sizes.values()), attempts.get(number)
-    if attempt is None:
-        return Snapshot(t, number, num_bytes, (), "its attempt is not recorded")
-    names = [manifest_name(rank, attempt.world_size) for rank in range(attempt.world_size)]
-    missing = [rank for rank, name in enumerate(names) if name not in sizes]
-    if missing:
-        problem = f"manifests of {_ranks(missing)} of {attempt.world_size} are missing"
-        return Snapshot(t, number, num_bytes, (), problem, unfinished=True)
-    try:
-        return Snapshot(t, number, num_bytes, _read_manifests(store, folder, names, sizes, texts, attempt), None)
-    except RunError as error:
-        return Snapshot(t, number, num_bytes, (), str(error))
+def _files_by_folder(listing: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    names: dict[str, dict[str, int]] = {}
+    for key, num_bytes in listing.items():
+        top, _, below = key.partition("/")
+        folder, _, name = below.partition("/")
+        if top == "snapshots" and name:
+            names.setdefault(folder, {})[name] = num_bytes
+    matches = ((_SNAPSHOT.fullmatch(folder), sizes) for folder, sizes in names.items())
+    return {snapshot_folder(int(match[1]), int(match[2])): sizes for match, sizes in matches if match}
+
+
+def _read_snapshots(
+    store: Store, files: Mapping[str, dict[str, int]], indexes: Mapping[str, bytes], attempts: Mapping[int, Attempt]
+) -> Known:
+    found: Known = {}
+    whole: dict[str, Attempt] = {}
+    for folder, sizes in files.items():
+        t, number = _t_and_attempt(folder)
+        num_bytes, attempt = sum(sizes.values()), attempts.get(number)
+        if attempt is None:
+            found[folder] = sizes, Snapshot(t, number, num_bytes, (), "its attempt is not recorded")
+            continue
+        missing = [rank for rank, name in enumerate(_manifest_names(attempt.world_size)) if name not in sizes]
+        if missing:
+            problem = f"manifests of {_ranks(missing)} of {attempt.world_size} are missing"
+            found[folder] = sizes, Snapshot(t, number, num_bytes, (), problem, unfinished=True)
+            continue
+        whole[folder] = attempt
+    for folder, manifests in _read_manifests(store, whole, indexes, files).items():
+        t, number = _t_and_attempt(folder)
+        facts = t, number, sum(files[folder].values())
+        if isinstance(manifests, str):
+            found[folder] = files[folder], Snapshot(*facts, (), manifests)
+        else:
+            found[folder] = files[folder], Snapshot(*facts, manifests, None)
+    return found
 
 
 def _read_manifests(
     store: Store,
-    folder: str,
-    names: Sequence[str],
-    sizes: Mapping[str, int],
-    texts: Mapping[str, bytes],
-    attempt: Attempt,
-) -> tuple[Manifest, ...]:
-    manifests = tuple(
-        from_json(Manifest, texts[f"{folder}/{name}"], store.describe(f"{folder}/{name}")) for name in names
-    )
+    attempts: Mapping[str, Attempt],
+    indexes: Mapping[str, bytes],
+    sizes: Mapping[str, Mapping[str, int]],
+) -> dict[str, tuple[Manifest, ...] | str]:
+    """The manifests of whole snapshots, or in words what is wrong: from an index that fits, else one by one."""
+    found: dict[str, tuple[Manifest, ...] | str] = {}
+    doubts: dict[str, str] = {}
+    for folder, attempt in attempts.items():
+        key = f"{folder}/{INDEX_NAME}"
+        if key in indexes:
+            try:
+                manifests = from_json(Index, indexes[key], store.describe(key)).manifests
+                _check_manifests(manifests, folder, attempt, sizes.get(folder))
+                found[folder] = manifests
+            except RunError as error:
+                doubts[folder] = str(error)
+    keys = {
+        folder: [f"{folder}/{n}" for n in _manifest_names(a.world_size)]
+        for folder, a in attempts.items()
+        if folder not in found
+    }
+    texts = store.get_many(key for each in keys.values() for key in each)
+    for folder, names in keys.items():
+        try:
+            manifests = tuple(from_json(Manifest, texts[key], store.describe(key)) for key in names)
+            _check_manifests(manifests, folder, attempts[folder], sizes.get(folder))
+            found[folder] = manifests
+        except RunError as error:
+            found[folder] = str(error)
+            continue
+        if folder in doubts:
+            _log.warning("%s: its index is not used, but its manifests, one by one: %s", folder, doubts[folder])
+    return found
+
+
+def _check_manifests(
+    manifests: Sequence[Manifest], folder: str, attempt: Attempt, sizes: Mapping[str, int] | None
+) -> None:
+    if len(manifests) != attempt.world_size:
+        raise SnapshotError(f"{len(manifests)} manifests instead of {attempt.world_size}")
+    t_and_attempt = _t_and_attempt(folder)
     for rank, manifest in enumerate(manifests):
-        if (manifest.token, manifest.rank, snapshot_folder(manifest.t, manifest.attempt)) != (
-            attempt.token,
-            rank,
-            folder,
-        ):
+        if (manifest.token, manifest.rank, manifest.t, manifest.attempt) != (attempt.token, rank, *t_and_attempt):
             raise SnapshotError(f"the manifest of rank {rank} was written by another job")
         if manifest.refused is not None:
             raise SnapshotError(f"rank {rank} had nothing to give: {manifest.refused}")
         for file in manifest.files:
-            expected, found = file.header_bytes + file.data_bytes, sizes.get(file.name)
+            expected = file.header_bytes + file.data_bytes
+            found = expected if sizes is None else sizes.get(file.name)
             if found != expected:
                 state = "is missing" if found is None else f"has {found} bytes instead of {expected}"
                 raise SnapshotError(f"{file.name} of rank {rank} {state}")
-    return manifests
+
+
+@cache
+def _manifest_names(world_size: int) -> tuple[str, ...]:
+    return tuple(manifest_name(rank, world_size) for rank in range(world_size))
+
+
+def _t_and_attempt(folder: str) -> tuple[int, int]:
+    match = _SNAPSHOT.fullmatch(folder.removeprefix("snapshots/"))
+    if match is None:
+        raise SnapshotError(f"a snapshot's folder is like {snapshot_folder(1000, 0)}; got {folder!r}.")
+    return int(match[1]), int(match[2])
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -37,8 +37,8 @@ class Store(Protocol):
     def get(self, key: str) -> bytes:
         """Read a whole object. Raises KeyMissingError."""
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """Read whole objects, small ones, several at a time. Raises KeyMissingError."""
+    def get_many(self, keys: Iterable[str], *, absent_ok: bool = False) -> dict[str, bytes]:
+        """Read whole objects, small ones, several at a time. Raises KeyMissingError, or leaves out absent ones."""
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Fill a writable buffer of bytes from byte `start`. Raises StorageError if fewer are there."""
@@ -132,9 +132,16 @@ class LocalStore:
         except OSError as error:
             raise _local_error(error, "reading", path) from error
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+    def get_many(self, keys: Iterable[str], *, absent_ok: bool = False) -> dict[str, bytes]:
         """Read whole files, one after the other: they are small."""
-        return {key: self.get(key) for key in keys}
+        found = {}
+        for key in keys:
+            try:
+                found[key] = self.get(key)
+            except KeyMissingError:
+                if not absent_ok:
+                    raise
+        return found
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Fill the buffer from `start` by positioned reads (one, usually); opened per call, so no fd is kept."""

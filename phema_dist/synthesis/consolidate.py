@@ -1,133 +1,212 @@
-"""Synthesized averages as whole tensors in memory, or as safetensors files that any program loads."""
+"""Synthesized averages as whole tensors in memory, or as checkpoint files that any program loads."""
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phema_dist.errors import SettingsError
+from phema_dist.errors import DamagedError
 from phema_dist.ranks import ALONE
-from phema_dist.shard import Box, flat_span, intersect, whole
-from phema_dist.storage.manifest import PARAMETER
-from phema_dist.storage.snapshot import DTYPE_NAMES, encode_header
+from phema_dist.shard import Box, intersect, whole
 from phema_dist.storage.store import open_store
+from phema_dist.synthesis.checkpoint import Form, items_of
+from phema_dist.synthesis.export import Output, find_missing, write_missing
 from phema_dist.synthesis.request import Request, fulfil
-from phema_dist.synthesis.stream import num_bytes, stream
+from phema_dist.synthesis.stream import MEMORY_BYTES, num_bytes, stream
 from phema_dist.synthesis.tiles import result_dtype
-from phema_dist.target import Power
+from phema_dist.target import Power, Target, as_target
 
 if TYPE_CHECKING:
+    from phema_dist.ranks import Ranks
     from phema_dist.storage.manifest import RunInfo
     from phema_dist.storage.store import Store
     from phema_dist.synthesis.recipe import Certificate, Recipe
     from phema_dist.synthesis.stream import Sink
 
 Progress = Callable[[int, int], object]  # bytes read since the last call, bytes in all; called from any thread
+_LEFT_OUT = re.compile(r"t=(\d+): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
 class Synthesis:
     """An average of some length: float32 parameters, and buffers, under the names of the bare model."""
 
-    sigma_rel: float
+    target: Target
     t: int
     state_dict: dict[str, torch.Tensor]
     certificate: Certificate
 
+    @property
+    def sigma_rel(self) -> float | None:
+        """The length, if the target is a power profile."""
+        return self.target.sigma_rel if isinstance(self.target, Power) else None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint on disk: its file, the index of its files, or its folder; how many there are, and were before."""
+
+    path: Path
+    recipe: Recipe
+    num_files: int
+    num_kept: int
+
 
 def synthesize(
     checkpoint_dir: str | os.PathLike[str],
-    sigma_rels: Sequence[float],
+    targets: Sequence[Target | float],
     *,
     t: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
     calculation_dtype: torch.dtype = torch.float32,
+    memory_bytes: int = MEMORY_BYTES,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> list[Synthesis]:
-    """Make averages of several lengths in one pass over the stored bytes, as full CPU tensors.
+    """Make several averages in one pass over the stored bytes, as full CPU tensors.
 
     Needs no process group, and communicates with none.
 
     Args:
         checkpoint_dir: where the run lives: a folder or any fsspec URL.
-        sigma_rels: the lengths, each in (0, 0.28867].
-        t: their end, as the run counts it; None: the newest complete snapshot.
+        targets: what is wanted; a float is a sigma_rel, in (0, 0.28867].
+        t: the end of those that do not say theirs, as the run counts it; None: the newest complete snapshot.
         storage_options: for the store, as in `PostHocEMA.from_model`.
         calculation_dtype: of the sums, float32 or float64.
+        memory_bytes: how much memory to use beside the results.
+        strict: whether to refuse a run with snapshots, up to t, that cannot be used, instead of leaving them out.
         progress: told the bytes read since the last call, and how many there are; called from any thread.
 
     Returns:
-        One Synthesis for each sigma_rel, in that order. Names of a tied tensor share one tensor.
+        One Synthesis for each target, in that order. Names of a tied tensor share one tensor.
 
     Raises:
-        ProfileError: a sigma_rel that does not exist.
+        ProfileError: a target that does not exist.
         RunError: there is no run, or no complete snapshot at or before t.
         StorageError: storage that does not answer.
     """
     states: list[dict[str, torch.Tensor]] = []
-
-    @contextmanager
-    def tensors(info: RunInfo, recipes: Sequence[Recipe]) -> Iterator[Sink]:
-        states[:] = [empty_state(info) for _ in recipes]
-        yield fill_states(states)
-
     store = open_store(checkpoint_dir, storage_options)
-    recipes = _read_once(store, sigma_rels, t, tensors, calculation_dtype, progress)
-    return [Synthesis(_sigma_rel(r), r.t, s, r.certificate) for r, s in zip(recipes, states, strict=True)]
+    request = Request(tuple(map(as_target, targets)), t, calculation_dtype, memory_bytes, strict)
+
+    def make(info: RunInfo, recipes: Sequence[Recipe]) -> None:
+        states[:] = [empty_state(info) for _ in recipes]
+        stream(
+            store,
+            info,
+            recipes,
+            fill_states(states),
+            calculation_dtype=calculation_dtype,
+            memory_bytes=memory_bytes,
+            progress=_counted(progress, num_bytes(recipes)),
+        )
+
+    recipes = fulfil(store, ALONE, request, make)
+    return [Synthesis(r.target, r.t, s, r.certificate) for r, s in zip(recipes, states, strict=True)]
 
 
 def synthesize_files(
     checkpoint_dir: str | os.PathLike[str],
-    outputs: Mapping[float, Path],
+    outputs: Mapping[Target, Path] | Mapping[float, Path] | Mapping[Target | float, Path],
     *,
     t: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    memory_bytes: int = MEMORY_BYTES,
+    strict: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[Recipe]:
-    """Make averages in one pass and write each to one .safetensors file, as they are read.
+    """Make averages in one pass and write each to a .safetensors file, as they are read.
 
     A file appears whole or not at all. Its metadata holds the recipe and the certificate, as JSON under `phema_dist`.
+    One that is there already, of the same recipe, is kept. Above 5 GB it becomes several numbered ones and an index.
     Tied tensors are written under each of their names, so that `load_state_dict(strict=True)` takes the file.
 
     Args:
         checkpoint_dir: where the run lives: a folder or any fsspec URL.
-        outputs: sigma_rel -> the file to write; missing folders are made.
-        t: end of the averages, as the run counts it; None: the newest complete snapshot.
+        outputs: target (or sigma_rel) -> the file to write; missing folders are made.
+        t: end of the averages that do not say theirs, as the run counts it; None: the newest complete snapshot.
         storage_options: for the store.
         dtype: of the parameters in the file; float64 and complex64 ones keep theirs.
+        memory_bytes: how much memory to use.
+        strict: whether to refuse a run with snapshots, up to t, that cannot be used, instead of leaving them out.
         overwrite: whether to replace files that exist.
         progress: told the bytes read since the last call, and how many there are; called from any thread.
 
     Raises:
-        SettingsError: a file exists, and `overwrite` is False.
+        SettingsError: something else is there, and `overwrite` is False.
         ProfileError, RunError, StorageError: as `synthesize`.
     """
-    for path in outputs.values():
-        if path.exists() and not overwrite:
-            raise SettingsError(f"{path} exists and would be overwritten; choose another name, or say so with --force.")
-
-    @contextmanager
-    def files(info: RunInfo, recipes: Sequence[Recipe]) -> Iterator[Sink]:
-        with ExitStack() as stack:
-            opened = [
-                stack.enter_context(_checkpoint_file(outputs[_sigma_rel(recipe)], info, recipe, dtype))
-                for recipe in recipes
-            ]
-            yield lambda k, fqn, box, values: opened[k](fqn, box, values)
-
     store = open_store(checkpoint_dir, storage_options)
-    return _read_once(store, list(outputs), t, files, torch.float32, progress)
+    request = Request(tuple(map(as_target, outputs)), t, memory_bytes=memory_bytes, strict=strict)
+    paths = [Path(path) for path in outputs.values()]
+    written = write_checkpoints(store, ALONE, request, paths, Form(dtype), overwrite=overwrite, progress=progress)
+    return [checkpoint.recipe for checkpoint in written]
+
+
+def write_checkpoints(
+    store: Store,
+    ranks: Ranks,
+    request: Request,
+    paths: Sequence[Path],
+    form: Form,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[Written]:
+    """Collective: make the averages of a request in one pass, all ranks together, each as a checkpoint at its path.
+
+    What is there already of the same recipe and form is kept. Should a snapshot turn out to be damaged, checkpoints
+    that are not whole yet begin again without it.
+
+    Raises:
+        SettingsError: something else is there, and `overwrite` is False; a name or a form that cannot be.
+        ProfileError, RunError, StorageError: as `synthesize`.
+    """
+    written: dict[int, Written] = {}
+    ours: set[Path] = set()  # files that this call has made, or kept in a checkpoint that was not whole
+
+    def make(info: RunInfo, recipes: Sequence[Recipe]) -> None:
+        items = items_of(info, form)
+        pending = [k for k in range(len(paths)) if k not in written]
+        outputs = [
+            Output(paths[k], _facts(recipes[k], form), partial(_require_the_same_left_out, recipes[k])) for k in pending
+        ]
+        look = partial(find_missing, form, items, ranks.size, ours=ours, overwrite=overwrite)
+        missing = ranks.on_first(lambda: [look(output) for output in outputs])
+        for k, todo in zip(pending, missing, strict=True):
+            if todo.nothing:
+                written[k] = Written(todo.shown, recipes[k], todo.num_files, todo.num_kept)
+
+        report = _counted(progress, num_bytes([recipes[k] for k in pending if k not in written]) // ranks.size)
+
+        def read(chosen: Sequence[int], wanted: Mapping[str, Sequence[Box]], sink: Sink) -> None:
+            stream(
+                store,
+                info,
+                [recipes[pending[k]] for k in chosen],
+                sink,
+                wanted=wanted,
+                calculation_dtype=request.calculation_dtype,
+                memory_bytes=request.memory_bytes,
+                progress=report,
+            )
+
+        write_missing(ranks, form, items, outputs, missing, ours, read)
+        for k, todo in zip(pending, missing, strict=True):
+            written[k] = Written(todo.shown, recipes[k], todo.num_files, todo.num_kept)
+
+    fulfil(store, ranks, request, make)
+    return [written[k] for k in range(len(paths))]
 
 
 def empty_state(info: RunInfo) -> dict[str, torch.Tensor]:
@@ -155,87 +234,23 @@ def fill_boxes(targets: Sequence[Mapping[str, Sequence[tuple[Box, torch.Tensor]]
     return fill
 
 
-def _read_once(
-    store: Store,
-    sigma_rels: Sequence[float],
-    t: int | None,
-    destination: Callable[[RunInfo, Sequence[Recipe]], AbstractContextManager[Sink]],
-    calculation_dtype: torch.dtype,
-    progress: Progress | None,
-) -> list[Recipe]:
-    def make(info: RunInfo, recipes: Sequence[Recipe]) -> None:
-        total = num_bytes(recipes)
-        report = None if progress is None else lambda n: progress(n, total)
-        with destination(info, recipes) as sink:
-            stream(store, info, recipes, sink, calculation_dtype=calculation_dtype, progress=report)
-
-    return fulfil(store, ALONE, Request(tuple(map(Power, sigma_rels)), t, calculation_dtype), make)
+def _counted(progress: Progress | None, total: int) -> Callable[[int], object] | None:
+    return None if progress is None else lambda count: progress(count, total)
 
 
-@contextmanager
-def _checkpoint_file(
-    path: Path, info: RunInfo, recipe: Recipe, dtype: torch.dtype
-) -> Iterator[Callable[[str, Box, torch.Tensor], None]]:
-    """A safetensors file that is written box by box, in any order, and appears when all went well."""
-    names = list(info.tensors) + list(info.aliases)
-    table: dict[str, Any] = {"__metadata__": {"format": "pt", "phema_dist": json.dumps(_describe(recipe))}}
-    starts: dict[str, list[int]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    position = 0
-    for name in names:
-        fqn = info.aliases.get(name, name)
-        facts = info.tensors[fqn]
-        dtypes[fqn] = result_dtype(facts)
-        if facts.kind == PARAMETER and dtypes[fqn] == torch.float32:
-            dtypes[fqn] = dtype
-        stop = position + whole(facts.shape).numel * dtypes[fqn].itemsize
-        table[name] = {"dtype": DTYPE_NAMES[dtypes[fqn]], "shape": facts.shape, "data_offsets": [position, stop]}
-        starts.setdefault(fqn, []).append(position)
-        position = stop
-    header = encode_header(table)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        os.pwrite(fd, header, 0)
-        os.truncate(fd, len(header) + position)
-
-        def write(fqn: str, box: Box, values: torch.Tensor) -> None:
-            cast = values.to(dtypes[fqn])
-            if cast.dtype != values.dtype and not bool(cast.isfinite().all()) and bool(values.isfinite().all()):
-                raise SettingsError(
-                    f"{fqn} exceeds the range of {str(cast.dtype)[6:]}; write the average in bfloat16 or float32."
-                )
-            for start in starts[fqn]:
-                _write_box(fd, len(header) + start, box, whole(info.tensors[fqn].shape), cast)
-
-        yield write
-        os.fsync(fd)
-        temporary.replace(path)
-    finally:
-        os.close(fd)
-        temporary.unlink(missing_ok=True)
+def _facts(recipe: Recipe, form: Form) -> dict[str, Any]:
+    return {"library": f"phema-dist {version('phema-dist')}", **recipe.describe(), "form": form.describe()}
 
 
-def _write_box(fd: int, position: int, box: Box, tensor: Box, values: torch.Tensor) -> None:
-    """Write a box of a row-major tensor that begins at a position of the file."""
-    first, _, dense = flat_span(box, tensor)
-    if not dense:
-        for i in range(box.sizes[0]):
-            _write_box(fd, position, box.rows(i, i + 1), tensor, values[i : i + 1])
-        return
-    view = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    offset = position + first * values.itemsize
-    while view:
-        written = os.pwrite(fd, view, offset)  # at most 2 GiB a call
-        view, offset = view[written:], offset + written
+def _require_the_same_left_out(recipe: Recipe, found: Mapping[str, Any]) -> None:
+    """Find the recipe again that an existing checkpoint was begun with, if it had to do without a damaged snapshot.
 
-
-def _sigma_rel(recipe: Recipe) -> float:
-    assert isinstance(recipe.target, Power)
-    return recipe.target.sigma_rel
-
-
-def _describe(recipe: Recipe) -> dict[str, Any]:
-    return {"library": f"phema-dist {version('phema-dist')}", **recipe.describe()}
+    Planning alone does not see the damage. So this raises what reading would, and the next plan leaves it out.
+    """
+    snapshots = {s.t: s for s in (recipe.newest, *(term.snapshot for term in recipe.terms))}
+    if found.get("target") == recipe.target.name:
+        certificate = found.get("certificate", {})
+        for text in (*certificate.get("left_out", ()), *certificate.get("ends_before", ())):
+            match = _LEFT_OUT.fullmatch(text)
+            if match and int(match[1]) in snapshots:
+                raise DamagedError(match[2], snapshots[int(match[1])].folder)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from phema_dist import profile
-from phema_dist.errors import SnapshotError
-from phema_dist.profile import PowerProfile, UpdateHistory
+from phema_dist.errors import ProfileError, SnapshotError
+from phema_dist.profile import Array, PowerProfile, UpdateHistory
 from phema_dist.storage.snapshot import HALF_ULP
-from phema_dist.target import Power, Target, as_target
+from phema_dist.target import Explicit, Power, Shape, Target, as_target, neighbours, resolve
 
 if TYPE_CHECKING:
     from phema_dist.storage.run import Run, Snapshot
@@ -28,7 +31,9 @@ class Certificate:
 
     `profile_error` compares the averaging profiles (L2), `recorded_error` does so over the updates that were really
     made. A coefficient norm above 1 amplifies the rounding of what is stored: `rounding_noise` is the expected
-    relative error of a parameter from that, for the stored dtype. `left_out` names snapshots that could not be used.
+    relative error of a parameter from that, for the stored dtype. `left_out` names snapshots that could not be used;
+    with them, the profile error would be `error_with_all`. `ends_before` names those that would have been the end, if
+    that was left open. `suggestion` is the nearest target of the same family that would be good, if this is not.
     """
 
     profile_error: float
@@ -38,11 +43,14 @@ class Certificate:
     rounding_noise: float
     num_snapshots: int
     left_out: tuple[str, ...]
+    error_with_all: float = 0.0
+    ends_before: tuple[str, ...] = ()
+    suggestion: str = ""
 
     @property
     def good(self) -> bool:
-        """Whether there is nothing to warn of."""
-        return self.profile_error <= GOOD_ERROR and self.rounding_noise <= GOOD_NOISE
+        """Whether there is nothing to warn of: at most `GOOD_ERROR` and `GOOD_NOISE`."""
+        return _is_good(self.profile_error, self.rounding_noise)
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,25 @@ class Recipe:
     certificate: Certificate
 
     def describe(self) -> dict[str, Any]:
-        """The recipe as plain values, for a checkpoint's metadata."""
-        return {
+        """The recipe as plain JSON values: equal ones make the same bits, as attempts are known by their tokens.
+
+        Each term is [sigma_rel, t, coefficient, attempt].
+        """
+        used = [self.newest, *(term.snapshot for term in self.terms)]
+        fields = {name: value for name, value in asdict(self.target).items() if name not in {"t", "terms"}}
+        facts = {
             "target": self.target.name,
-            **asdict(self.target),
+            **fields,
             "t": self.t,
-            "terms": [[term.sigma_rel, term.snapshot.t, term.coefficient] for term in self.terms],
+            "terms": [
+                [term.sigma_rel, term.snapshot.t, term.coefficient, term.snapshot.attempt] for term in self.terms
+            ],
+            "buffers": [self.newest.t, self.newest.attempt],
+            "attempts": {s.attempt: s.manifests[0].token for s in used},
             "certificate": asdict(self.certificate),
         }
+        described: dict[str, Any] = json.loads(json.dumps(facts, allow_nan=False))
+        return described
 
 
 def plan(
@@ -94,37 +113,22 @@ def plan(
 
     Raises:
         ProfileError: no such profile, or a t at which nothing was averaged yet.
-        SnapshotError: no complete snapshot at or before t, or none as late.
+        SnapshotError: no complete snapshot at or before t, or none as late, or not one that was given a coefficient;
+            if strict, one that cannot be used.
     """
-    newest = run.require_newest(t)
-    t = newest.t if t is None else t
-    if t > run.complete[-1].t:
+    snapshots = tuple(replace(s, problem=(unusable or {}).get(s.folder, s.problem)) for s in run.snapshots)
+    run = replace(run, snapshots=snapshots)
+    run.require_newest()
+    recipes = [_recipe(run, as_target(target), t) for target in targets]
+    problems = dict.fromkeys(
+        problem for recipe in recipes for problem in recipe.certificate.left_out + recipe.certificate.ends_before
+    )
+    if strict and problems:
         raise SnapshotError(
-            f"{run.store.url} has complete snapshots up to t={run.complete[-1].t}; got t={t}. Leave t out to have the "
-            "newest."
+            f"{run.store.url} must hold no snapshot that cannot be used; there is {'; '.join(problems)}. "
+            "Leave out --strict to go on without."
         )
-    usable = [s for s in run.complete if s.t <= t]
-    stored = [(sigma_rel, s) for sigma_rel in run.info.sigma_rels for s in usable]
-    profiles = [PowerProfile(sigma_rel, s.t - run.info.origin) for sigma_rel, s in stored]
-    updates = UpdateHistory(run.complete[-1].manifests[0].updates).times()
-    left_out = tuple(f"t={s.t}: {s.problem}" for s in run.snapshots if s.problem and s.t <= t)
-    recipes = []
-    for wanted in map(as_target, targets):
-        assert isinstance(wanted, Power)
-        target = PowerProfile(wanted.sigma_rel, t - run.info.origin)
-        factors = profile.coefficients(profiles, target)
-        used = [Term(s, tracked, float(c)) for (tracked, s), c in zip(stored, factors, strict=True) if c != 0]
-        certificate = Certificate(
-            profile_error=profile.profile_error(profiles, factors, target),
-            recorded_error=profile.recorded_error(profiles, factors, target, updates),
-            coefficient_sum=sum(term.coefficient for term in used),
-            coefficient_norm=math.hypot(*(term.coefficient for term in used)),
-            rounding_noise=math.hypot(*(term.coefficient * _rounding(term.snapshot) for term in used)),
-            num_snapshots=len({term.snapshot.t for term in used}),
-            left_out=left_out,
-        )
-        recipes.append(Recipe(wanted, t, tuple(used), newest, certificate))
-    return recipes
+    return _with_recorded_errors(run, recipes)
 
 
 def stored_recipe(snapshot: Snapshot, sigma_rel: float) -> Recipe:
@@ -137,22 +141,162 @@ def stored_recipe(snapshot: Snapshot, sigma_rel: float) -> Recipe:
 def announce(recipes: Sequence[Recipe]) -> None:
     """Log what a person should know before using the result: a poor certificate, snapshots that were left out."""
     for recipe in recipes:
-        certificate, what = recipe.certificate, f"{recipe.target.name} at t={recipe.t}"
+        certificate, what = recipe.certificate, f"{recipe.target} at t={recipe.t}"
+        suggestion = f"; {certificate.suggestion}" if certificate.suggestion else ""
         if certificate.profile_error > GOOD_ERROR:
             stored = recipe.newest.t
             _log.warning(
-                "%s: the profile error is %.1f%%, above %g%%; %s would be more exact", what,
+                "%s: the profile error is %.1f%%, above %g%%; %s would be more exact%s", what,
                 100 * certificate.profile_error, 100 * GOOD_ERROR,
                 f"t={stored}, where a snapshot is," if stored != recipe.t
-                else "more snapshots, or a sigma_rel nearer to the tracked ones,",
+                else "more snapshots, or an average nearer to the tracked ones,",
+                suggestion,
             )  # fmt: skip
         if certificate.rounding_noise > GOOD_NOISE:
             _log.warning(
-                "%s: the rounding of %s snapshots changes parameters by about %.1f%%; float32 ones do not", what,
-                recipe.newest.manifests[0].dtype, 100 * certificate.rounding_noise,
+                "%s: the rounding of %s snapshots changes parameters by about %.1f%%; float32 ones do not%s", what,
+                recipe.newest.manifests[0].dtype, 100 * certificate.rounding_noise, suggestion,
             )  # fmt: skip
-    for left_out in recipes[0].certificate.left_out if recipes else ():
+    for left_out in dict.fromkeys(text for recipe in recipes for text in recipe.certificate.left_out):
         _log.warning("left out an incomplete snapshot, %s", left_out)
+    for recipe in recipes:
+        if recipe.certificate.left_out:
+            _log.warning(
+                "%s at t=%d: without what was left out, the profile error is %.2f%% instead of %.2f%%", recipe.target,
+                recipe.t, 100 * recipe.certificate.profile_error, 100 * recipe.certificate.error_with_all,
+            )  # fmt: skip
+    for later, t in {text: recipe.t for recipe in recipes for text in recipe.certificate.ends_before}.items():
+        _log.warning("averages end at t=%d, before an incomplete snapshot, %s", t, later)
+
+
+def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
+    """The recipe of one target, t being its end if it says none. Its recorded error is not known yet."""
+    if isinstance(target, Explicit):
+        return _given(run, target)
+    end = t if target.t is None else target.t
+    newest = run.require_newest(end)
+    t = newest.t if end is None else end
+    if t > run.complete[-1].t:
+        later = "; ".join(_problems(s for s in run.snapshots if run.complete[-1].t < s.t <= t))
+        raise SnapshotError(
+            f"{run.store.url} has complete snapshots up to t={run.complete[-1].t}; got t={t}. "
+            f"{f'Incomplete: {later}. ' if later else ''}Leave t out to have the newest."
+        )
+    stored = _averages(run, [s for s in run.complete if s.t <= t])
+    lost = [s for s in run.snapshots if s.problem and s.t <= t]
+    profiles, aim = _profiles(run, stored), resolve(target, t - run.info.origin)
+    roundings = np.array([_rounding(s) for _, s in stored])
+    x, errors = profile.fit(profiles, [aim])
+    terms = _terms(stored, x[:, 0])
+    error, noise = float(errors[0]), float(np.linalg.norm(x[:, 0] * roundings))
+    with_all = profile.fit(profiles + _profiles(run, _averages(run, lost)), [aim])[1] if lost else errors
+    certificate = replace(
+        _certificate(terms),
+        profile_error=error,
+        left_out=_problems(lost),
+        error_with_all=min(float(with_all[0]), error),
+        # A snapshot that is not finished is being written, if it is newer than all complete ones.
+        ends_before=_problems(s for s in run.snapshots if end is None and s.t > t and not s.unfinished),
+        suggestion="" if _is_good(error, noise) else _suggestion(target, aim.t, profiles, roundings),
+    )
+    return Recipe(target, t, terms, newest, certificate)
+
+
+def _given(run: Run, target: Explicit) -> Recipe:
+    """The recipe that was asked for term by term."""
+    sigma_rel = min(run.info.sigma_rels) if target.sigma_rel is None else target.sigma_rel
+    if sigma_rel not in run.info.sigma_rels:
+        raise ProfileError(
+            f"coefficients must be those of a tracked sigma_rel, one of {run.info.sigma_rels}; got {sigma_rel}."
+        )
+    by_t = {s.t: s for s in run.complete}
+    missing = [t for t, _ in target.terms if t not in by_t]
+    if missing:
+        broken = "; ".join(_problems(s for s in run.snapshots if s.t in missing))
+        raise SnapshotError(
+            f"coefficients must be those of complete snapshots; {run.store.url} has {_listed(by_t)}; "
+            f"got {_listed(missing)}.{f' Incomplete: {broken}.' if broken else ''}"
+        )
+    terms = tuple(Term(by_t[t], sigma_rel, float(c)) for t, c in sorted(target.terms) if c != 0)
+    newest = by_t[max(t for t, _ in target.terms)]
+    return Recipe(target, newest.t, terms, newest, _certificate(terms))
+
+
+def _averages(run: Run, snapshots: Sequence[Snapshot]) -> list[tuple[float, Snapshot]]:
+    return [(sigma_rel, s) for sigma_rel in run.info.sigma_rels for s in snapshots]
+
+
+def _profiles(run: Run, averages: Sequence[tuple[float, Snapshot]]) -> list[PowerProfile]:
+    return [PowerProfile(sigma_rel, s.t - run.info.origin) for sigma_rel, s in averages]
+
+
+def _terms(averages: Sequence[tuple[float, Snapshot]], factors: Array) -> tuple[Term, ...]:
+    pairs = zip(averages, factors.tolist(), strict=True)
+    return tuple(Term(s, sigma_rel, c) for (sigma_rel, s), c in pairs if c != 0)
+
+
+def _certificate(terms: Sequence[Term]) -> Certificate:
+    """What the terms alone tell."""
+    return Certificate(
+        profile_error=0.0,
+        recorded_error=0.0,
+        coefficient_sum=sum(term.coefficient for term in terms),
+        coefficient_norm=math.hypot(*(term.coefficient for term in terms)),
+        rounding_noise=math.hypot(*(term.coefficient * _rounding(term.snapshot) for term in terms)),
+        num_snapshots=len({term.snapshot.t for term in terms}),
+        left_out=(),
+    )
+
+
+def _with_recorded_errors(run: Run, recipes: Sequence[Recipe]) -> list[Recipe]:
+    """All at once: a stored average's share of each of many updates is worked out for all targets that use it."""
+    updates = UpdateHistory(run.complete[-1].manifests[0].updates).times()
+    stored = _averages(run, run.complete)
+    rows = {(sigma_rel, s.folder): row for row, (sigma_rel, s) in enumerate(stored)}
+    found, aims = list(recipes), {}
+    x = np.zeros((len(stored), len(recipes)))
+    for k, recipe in enumerate(recipes):
+        if not isinstance(recipe.target, Explicit):
+            aims[k] = resolve(recipe.target, recipe.t - run.info.origin)
+            for term in recipe.terms:
+                x[rows[term.sigma_rel, term.snapshot.folder], k] = term.coefficient
+    if aims:
+        errors = profile.recorded_errors(_profiles(run, stored), x[:, list(aims)], list(aims.values()), updates)
+        for k, error in zip(aims, errors.tolist(), strict=True):
+            found[k] = replace(recipes[k], certificate=replace(recipes[k].certificate, recorded_error=error))
+    return found
+
+
+def _suggestion(target: Shape, t: float, profiles: Sequence[PowerProfile], roundings: Array) -> str:
+    """The nearest target of the same family and end that is good, in words; "" if there is none."""
+    near, aims = [], []
+    for other in neighbours(target, t, {p.t for p in profiles}):
+        try:
+            aims.append(resolve(other, t))
+            near.append(other)
+        except ProfileError:  # too short
+            continue
+    if not near:
+        return ""
+    x, errors = profile.fit(profiles, aims)
+    noises = np.linalg.norm(x * roundings[:, None], axis=0)
+    for other, error, noise in zip(near, errors.tolist(), noises.tolist(), strict=True):
+        if _is_good(error, noise):
+            return f"{other} would be good (error {error:.1%})"
+    return ""
+
+
+def _is_good(profile_error: float, rounding_noise: float) -> bool:
+    return profile_error <= GOOD_ERROR and rounding_noise <= GOOD_NOISE
+
+
+def _problems(snapshots: Iterable[Snapshot]) -> tuple[str, ...]:
+    """Those of the snapshots that cannot be used, and why."""
+    return tuple(f"t={s.t}: {s.problem}" for s in snapshots if s.problem)
+
+
+def _listed(ts: Iterable[int]) -> str:
+    return f"t={', '.join(map(str, ts))}"
 
 
 def _rounding(snapshot: Snapshot) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from phema_dist.storage.manifest import RunInfo
     from phema_dist.storage.store import Store
     from phema_dist.target import Target
-
-_log = logging.getLogger("phema_dist")
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ def fulfil(
 ) -> list[Recipe]:
     """Collective: plan on rank 0, then call `make` with the recipes on every rank, until it meets nothing unusable.
 
-    A snapshot that turns out to be damaged is left out, with a warning, and `make` is called again. So is it once when
-    a file has gone: while a job writes, its retention may delete a snapshot between the planning and the reading.
+    A snapshot that turns out to be damaged is left out, as one that is incomplete, and `make` is called again. So is
+    it once when a file has gone: while a job writes, its retention may delete a snapshot between plan and reading.
 
     Raises:
         DamagedError: a stored file is not what was written, and the request is strict or there is no way around it.
@@ -66,11 +63,9 @@ def fulfil(
         damaged = {folder: text for folder, text in failures if folder is not None and folder not in unusable}
         if damaged and not request.strict:
             unusable.update(damaged)
-            for text in damaged.values():
-                _log.warning("%s It is left out.", text)
-        elif damaged or planned_again:
-            kind = DamagedError if damaged else KeyMissingError
-            raise kind(next(iter(damaged.values()), failures[0].text))
+        elif planned_again or any(failure.folder for failure in failures):
+            worst = max(failures, key=lambda failure: failure.folder is not None)
+            raise (DamagedError if worst.folder else KeyMissingError)(worst.text)
         else:
             planned_again = True
 

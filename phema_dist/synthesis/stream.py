@@ -1,27 +1,36 @@
 """One pass over the stored bytes that makes any number of averages.
 
-The work is cut into tiles: a few MiB of a shard file of the newest snapshot, and the boxes that lie in them. For a
-tile the same elements are read from every snapshot of the recipes in one fixed order, checked, multiplied and added;
-then the tile is handed out and forgotten. So the result depends neither on the number of readers nor on how a
-snapshot was sharded, and memory holds a few tiles beside whatever the caller keeps.
+The work is cut into tiles: a few MiB of a shard file, sharded as most of the snapshots are, and the boxes that lie in
+them; a tile is made in strips, small enough to stay in a cache. For a strip the same elements are read from every
+snapshot of the recipes in one fixed order, multiplied and added, and handed out. So the result depends neither on the
+number of readers nor on how a snapshot was sharded, and memory holds a few strips beside whatever the caller keeps.
+
+Checksums are compared while the bytes come, and some of a block are handed out before its last ones are read: what was
+handed out is worth something when `stream` returns.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from threading import Event, local
 from typing import TYPE_CHECKING
 
 import torch
-import xxhash
 
-from phema_dist.errors import DamagedError
-from phema_dist.shard import Box, check_exact_cover
-from phema_dist.storage.snapshot import Entry, parse_header
+from phema_dist.errors import SettingsError
+from phema_dist.shard import Box
+from phema_dist.storage.manifest import PARAMETER
+from phema_dist.storage.store import LocalStore
+from phema_dist.synthesis import tiles as cutting
+from phema_dist.synthesis.reading import Blocks, Library, Progress, Source, Stretched, copy_moves
 from phema_dist.synthesis.sums import TERMS_AT_ONCE, add_batch, num_rows, prefers_batches
-from phema_dist.synthesis.tiles import TILE_BYTES, Layout, Move, Tile, cut_tiles, plan_moves, reads_of
+from phema_dist.synthesis.tiles import Layout, Move, Tile, cut_strips, cut_tiles, plan_moves, result_dtype
 
 if TYPE_CHECKING:
     from phema_dist.storage.manifest import RunInfo, ShardFile
@@ -31,55 +40,13 @@ if TYPE_CHECKING:
 
 # What a reader hands out: target index, tensor, box, and its values (valid only during the call; any thread).
 Sink = Callable[[int, str, Box, torch.Tensor], None]
-Progress = Callable[[int], object]  # told the number of bytes read, now and then
 
 MEMORY_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """One stored average, its coefficient in each target, and the targets that are just this average, bit for bit."""
-
-    snapshot: Snapshot
-    files: tuple[ShardFile, ...]
-    layout: Layout
-    coefficients: tuple[float, ...]
-    copied_to: tuple[int, ...]
-
-    @property
-    def block_bytes(self) -> int:
-        """Of the checksums of this snapshot."""
-        return self.snapshot.manifests[0].block_bytes
-
-
-class Library:
-    """The shard files of a run, opened: equal headers are read once, and equal layouts checked once."""
-
-    def __init__(self, store: Store, info: RunInfo) -> None:
-        self._store, self._info = store, info
-        self._headers: dict[str, tuple[Entry, ...]] = {}
-        self._layouts: dict[tuple[str, ...], Layout] = {}
-
-    def source(self, snapshot: Snapshot, sigma_rel: float, recipes: Sequence[Recipe]) -> Source:
-        """One profile of a snapshot, with the layout of its files and its part in the recipes."""
-        files = _files(snapshot, sigma_rel)
-        for file in files:
-            if file.checksums[0] not in self._headers:
-                key = f"{snapshot.folder}/{file.name}"
-                header = bytearray(file.header_bytes)
-                self._store.read_into(key, 0, memoryview(header))
-                entries = parse_header(bytes(header), file, self._info, self._store.describe(key))
-                self._headers[file.checksums[0]] = entries
-        key_of_layout = tuple(file.checksums[0] for file in files)
-        if key_of_layout not in self._layouts:
-            layout = Layout(tuple(self._headers[checksum] for checksum in key_of_layout))
-            for fqn, facts in self._info.tensors.items():
-                check_exact_cover(fqn, facts.shape, [entry.box for _, entry in layout.places.get(fqn, ())])
-            self._layouts[key_of_layout] = layout
-        terms = [{(term.sigma_rel, term.snapshot.t): term.coefficient for term in recipe.terms} for recipe in recipes]
-        factors = [coefficients.get((sigma_rel, snapshot.t), 0.0) for coefficients in terms]
-        copied_to = tuple(k for k, recipe in enumerate(recipes) if factors[k] == 1 and len(recipe.terms) == 1)
-        return Source(snapshot, tuple(files), self._layouts[key_of_layout], tuple(factors), copied_to)
+# Of a local file: what is read is still in a cache when it is added, and Python has not much to do.
+_STRIP_BYTES, _STRIP_OF_BATCH_BYTES = 1 << 20, 512 << 10
+_RANGE_BYTES = 16 << 20  # of an object, at most: larger ranges are not faster
+_LEAST_STRIP_BYTES = 64 << 10
+_SHARE_OF_STRIPS = 0.6  # of the memory, where blocks are kept too
 
 
 def stream(
@@ -93,159 +60,327 @@ def stream(
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Make the averages of `recipes`, all for one t, reading every byte once.
+    """Make the averages of `recipes`, each at its own t, reading every byte once.
 
     Args:
         store: where the run lives.
         info: of the run that the recipes were planned from.
         recipes: what to add up.
-        sink: takes the results, tile by tile, from several threads at once; every element exactly once.
+        sink: takes the results, a few at a time, from several threads at once; every element exactly once. They are
+            verified only when all is done: an error means that what was handed out is worthless.
         wanted: the boxes to make of each tensor; None: all of all tensors.
         calculation_dtype: of the sums of float32 averages: float32 or float64.
         memory_bytes: how much memory to use beside what the sink keeps.
-        progress: told the number of bytes read, now and then.
+        progress: told the number of bytes read, now and then; called from any thread.
 
     Raises:
-        DamagedError: a file is not what its manifest says; names file and rank.
+        DamagedError: a file is not what its manifest says; names file, rank and tensors.
+        SettingsError: `memory_bytes` is too little.
         StorageError: a file could not be read; KeyMissingError if it is gone.
     """
-    library = Library(store, info)
-    newest = recipes[0].newest
-    sources = [library.source(snapshot, sigma_rel, recipes) for sigma_rel, snapshot in _used(recipes)]
-    reference = library.source(newest, info.sigma_rels[0], ())
-    # Buffers are not averaged: all results take those of the newest snapshot.
-    copied = replace(reference, copied_to=tuple(range(len(recipes))))
-
-    num_readers = _num_readers(len(recipes), store.read_concurrency)
-    tiles = cut_tiles(info, reference.layout, wanted, calculation_dtype)
-    rooms = [_Room() for _ in range(num_readers)]
-
-    def make(tile: Tile) -> None:
-        room = rooms.pop()  # there is one for each thread
-        try:
-            _make_tile(store, sources if tile.averaged else [copied], tile, room, sink, progress)
-        finally:
-            rooms.append(room)
+    if not recipes:
+        return
+    sources = _open_sources(Library(store, info), recipes, info.sigma_rels[0])
+    reference = _commonest(sources)
+    sizes = _fit(store, info, sources, reference, calculation_dtype, memory_bytes)
+    tiles = list(cut_tiles(info, reference, wanted, calculation_dtype, sizes.tile_bytes))
+    if not all(source.layout is reference for source in sources):
+        # What lies together in one sharding does so, more or less, in the order of tensors in every other.
+        order = {fqn: i for i, fqn in enumerate(info.tensors)}
+        tiles.sort(key=lambda tile: (order[tile.parts[0].fqn], tile.parts[0].box.offsets))
+    blocks = Blocks(store, sizes.kept_bytes, _count_uses(tiles, sources, sizes.strip_numel))
+    queue, stopped = iter(tiles), Event()
 
     # Readers are the parallelism: helpers of their own would only wait for each other.
     num_torch_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(num_readers, "phema-read", torch.set_num_threads, (1,)) as pool:
-        jobs = [pool.submit(make, tile) for tile in tiles]
-        try:
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-        finally:  # after an error, or Ctrl-C, what has not begun is not read
-            pool.shutdown(cancel_futures=True)
-    torch.set_num_threads(num_torch_threads)  # what threads to come begin with
-    for job in done:
-        job.result()
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, num_torch_threads)  # what threads to come begin with
+        pool = ThreadPoolExecutor(sizes.num_readers, "phema-read", torch.set_num_threads, (1,))
+        stack.callback(pool.shutdown)
+        fetchers = None
+        if sizes.num_fetchers:
+            fetchers = ThreadPoolExecutor(sizes.num_fetchers, "phema-fetch", torch.set_num_threads, (1,))
+            stack.callback(fetchers.shutdown, cancel_futures=True)
+        stack.callback(stopped.set)  # after an error, or Ctrl-C, what has not begun is not read
+        sums = {averaged: _Sum.of(sources, averaged=averaged) for averaged in (True, False)}
+        work = _Work(store, sums, blocks, sizes.strip_numel, sink, progress, fetchers, stopped, _Room())
+
+        def read() -> None:
+            for tile in queue:
+                if not stopped.is_set():
+                    _make_tile(work, tile)
+
+        done, _ = wait([pool.submit(read) for _ in range(sizes.num_readers)], return_when=FIRST_EXCEPTION)
+        for job in done:
+            job.result()
 
 
 def num_bytes(recipes: Sequence[Recipe]) -> int:
     """How many bytes a pass over everything reads, for a progress bar."""
-    return sum(file.data_bytes for sigma_rel, snapshot in _used(recipes) for file in _files(snapshot, sigma_rel))
+    return sum(file.data_bytes for s, sigma_rel in _used(recipes) for _, file in _files(s, sigma_rel))
 
 
-def _used(recipes: Sequence[Recipe]) -> list[tuple[float, Snapshot]]:
+def _used(recipes: Sequence[Recipe]) -> list[tuple[Snapshot, float]]:
     """The stored averages that some recipe needs, by sigma_rel, then t: the order in which they are added."""
     used = {(term.sigma_rel, term.snapshot.t): term.snapshot for recipe in recipes for term in recipe.terms}
-    return [(sigma_rel, snapshot) for (sigma_rel, _), snapshot in sorted(used.items())]
+    return [(snapshot, sigma_rel) for (sigma_rel, _), snapshot in sorted(used.items(), key=lambda item: item[0])]
 
 
-def _num_readers(num_targets: int, most: int) -> int:
-    """As many as are worthwhile, if all that they hold fits: sums and values in float32, and what was read."""
-    others = TERMS_AT_ONCE if prefers_batches(num_targets, torch.float32) else num_targets + 1
-    return max(1, min(most, MEMORY_BYTES // (TILE_BYTES * (num_rows(num_targets) + others + 1))))
+def _files(snapshot: Snapshot, sigma_rel: float) -> list[tuple[int, ShardFile]]:
+    """Of one profile of a snapshot, each with the rank that wrote it."""
+    return [(m.rank, file) for m in snapshot.manifests for file in m.files if file.sigma_rel == sigma_rel]
 
 
-def _files(snapshot: Snapshot, sigma_rel: float) -> list[ShardFile]:
-    return [file for manifest in snapshot.manifests for file in manifest.files if file.sigma_rel == sigma_rel]
+def _open_sources(library: Library, recipes: Sequence[Recipe], sigma_rel_of_buffers: float) -> list[Source]:
+    """All that has a part in some result: averages in the order in which they are added, then what has only buffers."""
+    used = _used(recipes)
+    known = {(snapshot.t, sigma_rel) for snapshot, sigma_rel in used}
+    newest = {recipe.newest.t: recipe.newest for recipe in recipes}
+    used += [(s, sigma_rel_of_buffers) for t, s in sorted(newest.items()) if (t, sigma_rel_of_buffers) not in known]
+    terms = [{(term.snapshot.t, term.sigma_rel): term.coefficient for term in recipe.terms} for recipe in recipes]
+    sources = []
+    for snapshot, sigma_rel in used:
+        files = _files(snapshot, sigma_rel)
+        factors = [coefficients.get((snapshot.t, sigma_rel), 0.0) for coefficients in terms]
+        buffers = sigma_rel == sigma_rel_of_buffers
+        sources.append(
+            Source(
+                snapshot,
+                tuple(file for _, file in files),
+                tuple(rank for rank, _ in files),
+                library.layout(snapshot, files),
+                tuple(factors),
+                tuple(k for k, recipe in enumerate(recipes) if factors[k] == 1 and len(recipe.terms) == 1),
+                tuple(k for k, recipe in enumerate(recipes) if buffers and recipe.newest.t == snapshot.t),
+            )
+        )
+    return sources
 
 
-class _Room:
-    """Memory that a reader works in, reused from tile to tile: fresh pages cost more than what is read into them."""
+def _commonest(sources: Sequence[Source]) -> Layout:
+    """The layout that most of the bytes have: tiles that follow it are read straight into place."""
+    counts = Counter(source.layout for source in reversed(sources) if source.averaged)
+    return counts.most_common(1)[0][0] if counts else sources[-1].layout
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How the work is divided so that it fits."""
+
+    num_readers: int
+    num_fetchers: int  # that read for them, many at a time; 0: each reader reads for itself
+    tile_bytes: int  # of a file of the reference layout
+    strip_numel: int
+    kept_bytes: int  # of blocks that are needed again
+
+
+def _fit(
+    store: Store, info: RunInfo, sources: Sequence[Source], reference: Layout, dtype: torch.dtype, memory_bytes: int
+) -> _Sizes:
+    """Choose the largest strips, and then as many readers, as fit.
+
+    A reader holds sums, and rows that are to be added; whoever reads holds what is read, and two blocks of a source.
+    """
+    is_local = isinstance(store, LocalStore)
+    num_targets, num_terms = len(sources[0].coefficients), sum(source.averaged for source in sources)
+    few = not prefers_batches(num_targets, dtype)  # then there is a sum of the batch, too
+    num_terms = 1 if is_local and few else max(1, min(num_terms, TERMS_AT_ONCE))
+    dtypes = {result_dtype(facts) for facts in info.tensors.values() if facts.kind == PARAMETER}
+    itemsize = max(dtype.itemsize, *(kind.itemsize for kind in dtypes), 4)
+    block_bytes = max(source.block_bytes for source in sources)
+    alike = all(source.layout is reference for source in sources)
+    most = store.read_concurrency
+    largest = cutting.TILE_BYTES if is_local else _RANGE_BYTES
+    if is_local and alike:
+        largest = _STRIP_OF_BATCH_BYTES if prefers_batches(num_targets, dtype) else _STRIP_BYTES
+    strips = [largest >> i for i in range(9) if i == 0 or largest >> i >= _LEAST_STRIP_BYTES]
+    for share, strip_bytes in product((1, 2, 4, 8, 16, 32, 64, 128), strips):
+        num_readers = max(1, (most if is_local else 2) // share)
+        num_fetchers = 0 if is_local else max(1, most // share)
+        row_bytes = strip_bytes // 4 * itemsize
+        held = num_readers * (num_rows(num_targets) + num_terms + few * num_targets) * row_bytes
+        held += (num_fetchers or num_readers) * (2 * block_bytes + 2 * row_bytes)
+        # What is sharded otherwise comes in blocks that the next strips need, too: keep room for those.
+        if held <= memory_bytes * (1 if alike else _SHARE_OF_STRIPS):
+            tile_bytes = max(cutting.TILE_BYTES, strip_bytes // 4 * _commonest_itemsize(reference))
+            return _Sizes(num_readers, num_fetchers, tile_bytes, strip_bytes // 4, memory_bytes - held)
+    least = held if alike else round(held / _SHARE_OF_STRIPS)
+    raise SettingsError(
+        f"memory_bytes must be at least {least} for {num_targets} averages of this run; got {memory_bytes}."
+    )
+
+
+def _commonest_itemsize(layout: Layout) -> int:
+    sizes: Counter[int] = Counter()
+    for entries in layout.files:
+        for entry in entries:
+            sizes[entry.dtype.itemsize] += entry.box.numel
+    return sizes.most_common(1)[0][0] if sizes else 1
+
+
+def _count_uses(
+    tiles: Sequence[Tile], sources: Sequence[Source], numel: int
+) -> Callable[[Source], Counter[tuple[int, int]]]:
+    """How many strips need each block (of each file) of a source, where whole blocks are read."""
+    alike = {_kind(source): source for source in sources}
+    counts: dict[object, Counter[tuple[int, int]]] = {kind: Counter() for kind in alike}
+    for tile in tiles:
+        for kind, source in alike.items():
+            if not source.takes_part(averaged=tile.averaged) or _lies_alike(source, tile):
+                continue
+            for strip in cut_strips(tile, numel):
+                for index, moves in plan_moves(source.layout, strip).items():
+                    counts[kind].update({(index, block) for move in moves for block in move.blocks(source.block_bytes)})
+    return lambda source: counts[_kind(source)]
+
+
+def _kind(source: Source) -> object:
+    return source.layout, source.block_bytes, source.averaged, bool(source.buffers_to)
+
+
+def _lies_alike(source: Source, tile: Tile) -> bool:
+    """Whether a tile is whole blocks of a file, in its order, so that checksums can be compared as it is read."""
+    stretch, size = tile.stretch, source.block_bytes
+    if stretch is None or source.layout is not stretch.layout:
+        return False
+    return stretch.first_byte % size == 0 and stretch.last_byte in {
+        stretch.last_byte // size * size,
+        source.files[stretch.file].data_bytes,
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """What is added up for parameters, or for buffers: these are only copied."""
+
+    sources: list[Source]
+    copied: list[tuple[int, ...]]  # for each source, the targets that are just it
+    summed: list[int]  # the other targets
+    coefficients: torch.Tensor  # [summed, sources]
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], *, averaged: bool) -> _Sum:
+        """Of those that have a part in it."""
+        used = [source for source in sources if source.takes_part(averaged=averaged)]
+        copied = [source.copied_to if averaged else source.buffers_to for source in used]
+        summed = [k for k in range(len(sources[0].coefficients)) if not any(k in targets for targets in copied)]
+        factors = [[source.coefficients[k] for source in used] for k in summed]
+        return cls(used, copied, summed, torch.tensor(factors, dtype=torch.float64, device="cpu").view(len(summed), len(used)))
+
+
+class _Room(local):
+    """Memory that a thread works in, reused from tile to tile: fresh pages cost more than what is read into them."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
     def rows(self, name: str, num_rows: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised, until the next call with this name."""
+        """Uninitialised, until the thread's next call with this name."""
         num_bytes = num_rows * numel * dtype.itemsize
         if name not in self._held or len(self._held[name]) < num_bytes:
+            self._held.pop(name, None)
             self._held[name] = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         return self._held[name][:num_bytes].view(dtype).view(num_rows, numel)
 
 
-def _make_tile(
-    store: Store, sources: Sequence[Source], tile: Tile, room: _Room, sink: Sink, progress: Progress | None
+@dataclass(frozen=True)
+class _Work:
+    """What all tiles have in common."""
+
+    store: Store
+    sums: dict[bool, _Sum]  # of averaged tensors, and of the others
+    blocks: Blocks
+    strip_numel: int
+    sink: Sink
+    progress: Progress | None
+    fetchers: ThreadPoolExecutor | None
+    stopped: Event
+    room: _Room
+
+
+def _make_tile(work: _Work, tile: Tile) -> None:
+    """Make a tile strip by strip, in the order of its bytes.
+
+    An error of the sink is held back until all was verified: it may be due to bytes that are not right.
+    """
+    stretches = [
+        Stretched(work.store, source, tile.stretch.file, tile.stretch.first_byte)
+        if tile.stretch is not None and _lies_alike(source, tile)
+        else None
+        for source in work.sums[tile.averaged].sources
+    ]
+    refused: list[Exception] = []
+
+    def give(strip: Tile, k: int, row: torch.Tensor) -> None:
+        try:
+            for part in () if refused else strip.parts:
+                work.sink(k, part.fqn, part.box, row[part.start : part.start + part.box.numel].view(part.box.sizes))
+        except Exception as error:  # noqa: BLE001  raised below
+            refused.append(error)
+
+    for strip in cut_strips(tile, work.strip_numel):
+        if work.stopped.is_set():
+            return
+        _make_strip(work, strip, stretches, partial(give, strip))
+    if refused:
+        raise refused[0]
+
+
+def _make_strip(
+    work: _Work, strip: Tile, stretches: Sequence[Stretched | None], give: Callable[[int, torch.Tensor], None]
 ) -> None:
-    """Read the tile of each source, a batch at a time, add them up, and hand out the sums."""
-    copied = {k for source in sources for k in source.copied_to}
-    summed = [k for k in range(len(sources[0].coefficients)) if k not in copied]
-    coefficients = torch.tensor([[s.coefficients[k] for s in sources] for k in summed], dtype=torch.float64)
-    coefficients = coefficients.view(len(summed), len(sources))
-    sums = room.rows("sums", num_rows(len(summed)), tile.numel, tile.dtype)
-    collect = prefers_batches(len(summed), tile.dtype)
-    plans: dict[int, list[list[Move]]] = {}
+    """Read a strip of each source, a batch at a time, add them up, and hand out the sums."""
+    job = work.sums[strip.averaged]
+    sources, summed = job.sources, job.summed
+    sums = work.room.rows("sums", num_rows(len(summed)), strip.numel, strip.dtype)
+    plans: dict[Layout, dict[int, list[Move]]] = {}
 
-    def read(batch: Sequence[Source], into: torch.Tensor) -> Iterator[torch.Tensor]:
-        for source, row in zip(batch, into, strict=True):
-            if id(source.layout) not in plans:
-                plans[id(source.layout)] = plan_moves(source.layout, tile)
-            _read_tile(store, source, plans[id(source.layout)], row, room, progress)
-            for k in source.copied_to:
-                _hand_out(tile, k, row, sink)
-            yield row
+    def fill(i: int, row: torch.Tensor) -> None:
+        source, stretched = sources[i], stretches[i]
+        if stretched is not None:
+            _read_strip(work, strip, stretched, row)
+            return
+        moves_of = plans.get(source.layout) or plans.setdefault(source.layout, plan_moves(source.layout, strip))
+        for index, moves in moves_of.items():
+            copy_moves(work.blocks, source, index, moves, row, work.progress)
 
+    collect = work.fetchers is not None or prefers_batches(len(summed), strip.dtype)
     for begin in range(0, len(sources), TERMS_AT_ONCE):
-        batch = sources[begin : begin + TERMS_AT_ONCE]
-        values = room.rows("values", len(batch) if collect else 1, tile.numel, tile.dtype)
-        rows: Iterable[torch.Tensor] = read(batch, values.expand(len(batch), -1))
+        batch = range(begin, min(begin + TERMS_AT_ONCE, len(sources)))
+        values = work.room.rows("values", len(batch) if collect else 1, strip.numel, strip.dtype)
+        rows: Iterable[torch.Tensor] = _filled(
+            fill, batch, values.expand(len(batch), -1), work.fetchers, job.copied, give
+        )
         if collect:
             deque(rows, maxlen=0)
             rows = values
-        add_batch(sums, coefficients[:, begin : begin + TERMS_AT_ONCE], rows, first=begin == 0)
+        add_batch(sums, job.coefficients[:, begin : begin + TERMS_AT_ONCE], rows, first=begin == 0)
     for k, row in zip(summed, sums, strict=False):
-        _hand_out(tile, k, row, sink)
+        give(k, row)
 
 
-def _hand_out(tile: Tile, k: int, row: torch.Tensor, sink: Sink) -> None:
-    for part in tile.parts:
-        sink(k, part.fqn, part.box, row[part.start : part.start + part.box.numel].view(part.box.sizes))
+def _filled(
+    fill: Callable[[int, torch.Tensor], None],
+    batch: Sequence[int],
+    rows: torch.Tensor,
+    fetchers: ThreadPoolExecutor | None,
+    copied: Sequence[Sequence[int]],
+    give: Callable[[int, torch.Tensor], None],
+) -> Iterator[torch.Tensor]:
+    """The rows of a batch, filled, in order; each is given to the targets that are just a copy of it."""
+    for i, row, _ in zip(batch, rows, (map if fetchers is None else fetchers.map)(fill, batch, rows), strict=True):
+        for k in copied[i]:
+            give(k, row)
+        yield row
 
 
-def _read_tile(
-    store: Store, source: Source, plan: list[list[Move]], row: torch.Tensor, room: _Room, progress: Progress | None
-) -> None:
-    """Fill a row with the elements of a tile, in its dtype; straight from the file where they lie there alike."""
-    for file, moves in zip(source.files, plan, strict=True):
-        for start, stop, group in reads_of(moves, file.data_bytes, source.block_bytes):
-            move = group[0]
-            if (move.first_byte, move.last_byte, move.to_strides, move.dtype) == (start, stop, (1,), row.dtype):
-                part = row[move.target : move.target + move.sizes[0]]
-                _read_checked(store, source, file, start, part.view(torch.uint8))
-            else:
-                (data,) = room.rows("read", 1, stop - start, torch.uint8)
-                _read_checked(store, source, file, start, data)
-                for move in group:
-                    found = data[move.first_byte - start : move.last_byte - start].view(move.dtype)
-                    row[move.target :].as_strided(move.sizes, move.to_strides).copy_(
-                        found.as_strided(move.sizes, move.from_strides)
-                    )
-            if progress is not None:
-                progress(stop - start)
-
-
-def _read_checked(store: Store, source: Source, file: ShardFile, start: int, data: torch.Tensor) -> None:
-    """Fill `data` with whole blocks of a file's data, from byte `start` on, and compare their checksums."""
-    key = f"{source.snapshot.folder}/{file.name}"
-    view = data.numpy().data
-    store.read_into(key, file.header_bytes + start, view)
-    for offset in range(0, len(view), source.block_bytes):
-        block = view[offset : offset + source.block_bytes]
-        if xxhash.xxh3_64_hexdigest(block) != file.checksums[1 + (start + offset) // source.block_bytes]:
-            first = start + offset
-            raise DamagedError(
-                f"{store.describe(key)} is damaged: bytes {first} to {first + len(block)} of its data are not those "
-                "that were written (their checksum differs). Delete that snapshot to go on without it.",
-                source.snapshot.folder,
-            )
+def _read_strip(work: _Work, strip: Tile, stretched: Stretched, row: torch.Tensor) -> None:
+    """Fill a row with what a file has next; straight, if it has the dtype of the sums."""
+    assert strip.stretch is not None  # noqa: S101
+    dtype = strip.stretch.dtype
+    read = row if dtype == row.dtype else work.room.rows("read", 1, strip.numel, dtype)[0]
+    stretched.read(read.view(torch.uint8).numpy().data)
+    if read is not row:
+        row.copy_(read)
+    if work.progress is not None:
+        work.progress(read.nbytes)

@@ -43,6 +43,8 @@ def add_batch(sums: torch.Tensor, factors: torch.Tensor, rows: Iterable[torch.Te
         if _product_keeps_order(len(sums), num_terms, sums.dtype):
             done = rows.shape[1] // _WIDTH * _WIDTH
             _add_product(sums[:, :done], factors, rows[:, :done], first=first)
+        if done == rows.shape[1]:
+            return
         rows = rows[:, done:]
     _add_in_turn(sums[:num_targets, done:], factors, rows, first=first)
 

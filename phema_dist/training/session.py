@@ -20,9 +20,10 @@ from phema_dist.storage.manifest import FORMAT, Attempt, RunInfo, TensorFacts, a
 from phema_dist.storage.snapshot import DTYPE_NAMES, HALF_ULP
 from phema_dist.training.layout import Layout, Piece, read_layout, select
 from phema_dist.training.ownership import Ownership, agree
+from phema_dist.training.policy import Place
 from phema_dist.training.staging import segments
 from phema_dist.training.tracker import Tracker
-from phema_dist.training.writer import Place, Writer
+from phema_dist.training.writer import Writer
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from phema_dist import schedule
-from phema_dist.errors import BackgroundError, RunError, StorageError
-from phema_dist.storage import run as runs
-from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Attempt, Manifest, attempt_key, shard_name
+from phema_dist.errors import BackgroundError, StorageError
+from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Manifest, shard_name
+from phema_dist.storage.run import Known, newest_attempt
 from phema_dist.storage.snapshot import DTYPE_NAMES, write_snapshot
 from phema_dist.training.buffers import SnapshotBuffers
+from phema_dist.training.policy import Grid, Place, check_not_superseded, tidy
 from phema_dist.training.staging import NUM_SLOTS, Staging
 
 if TYPE_CHECKING:
-    from phema_dist.storage.store import Store
     from phema_dist.training.layout import Piece
     from phema_dist.training.staging import Segment
     from phema_dist.training.tracker import Tracker
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 Job = TypeVar("Job")
 _log = logging.getLogger("phema_dist")
 _POLL_SECONDS = 0.01
-_QUICK = 0.75  # a put that takes up to this share of the time between snapshots keeps up with them
-_LARGEST_EVERY = 1024
 
 
 class Worker(Generic[Job]):
@@ -111,19 +108,6 @@ class Update:
     last: bool = False
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this rank writes, and what it writes of itself."""
-
-    store: Store
-    attempt: Attempt
-    rank: int
-    sigma_rels: tuple[float, ...]
-    origin: int
-    max_checkpoints: int
-    checkpoint_every: int
-
-
 @dataclass
 class Counts:
     """What became of the snapshots of this rank."""
@@ -146,15 +130,14 @@ class Writer:
         self._staging = Staging(segments)
         self._dtype = DTYPE_NAMES[checkpoint_dtype or torch.float32]
         self._buffers = SnapshotBuffers(segments, tracker, checkpoint_dtype)
-        self._known: runs.Known = {}  # what rank 0 has read of the run
+        self._known: Known = {}  # what rank 0 has read of the run
         self._told: set[int] = set()  # t of incomplete snapshots that were reported
         self._num_updates = self._snapshot_t = 0
         self._num_refused = 0  # in a row
         self._last: Update | None = None
         self._unstored: str | None = None  # why the newest snapshot is not in storage
-        self._every = 1  # of the snapshots that are due, which ones are taken
+        self._grid = Grid()
         self._hurried = False  # training waits for the averages
-        self._due_at = self._put_seconds = 0.0  # when the last one was due, how long the last one took to put
 
     def start(self, place: Place) -> None:
         """Start the threads."""
@@ -228,7 +211,7 @@ class Writer:
 
     def abandon(self, timeout: float, why: str = "given up") -> None:
         """End the threads without a last snapshot: store what is queued if that is quick, and raise nothing."""
-        self._warn(0 if self._last is None else self._last.t, f"{why}: storing what is queued, no last snapshot")
+        self._place.warn(0 if self._last is None else self._last.t, f"{why}: storing what is queued, no last snapshot")
         try:
             self.drain(timeout)
         except BackgroundError as error:
@@ -259,15 +242,14 @@ class Writer:
     def _tell_refused(self, t: int, *, refused: bool) -> None:
         """Warn at the beginning and at the end of a time in which parameters are not finite."""
         if refused and not self._num_refused:
-            self._warn(t, "parameters are not finite and do not enter the averages")
+            self._place.warn(t, "parameters are not finite and do not enter the averages")
         if not refused and self._num_refused:
-            self._warn(t, f"parameters are finite again; {self._num_refused} updates were left out")
+            self._place.warn(t, f"parameters are finite again; {self._num_refused} updates were left out")
         self._num_refused = self._num_refused + 1 if refused else 0
 
     def _snapshot(self, update: Update, staged: Sequence[torch.Tensor], refused: str | None) -> None:
-        now = time.monotonic()
-        interval, self._due_at = now - self._due_at, now
-        if not update.last and update.calls // self._place.checkpoint_every % self._every:
+        on_grid = self._grid.holds(update.calls // self._place.checkpoint_every)
+        if not (on_grid or update.last):
             self.counts.skipped += 1
             return
         # The buffers of the snapshot before may still be on their way. Wait for them, but never let training wait.
@@ -277,11 +259,10 @@ class Writer:
                 return
             self._storage.wait_until_fewer(1, _POLL_SECONDS)
         self._snapshot_t = update.t
-        while self._every > 1 and self._put_seconds < _QUICK * interval * (self._every // 2):
-            self._every //= 2
+        self._grid.narrow()
         if refused is None:
             for fqn in self._buffers.fill(staged):
-                self._warn(
+                self._place.warn(
                     update.t, f"{fqn}: its averages exceed the range of {self._dtype}; stored as F32 from now on"
                 )
         place = self._place
@@ -293,29 +274,22 @@ class Writer:
         self._storage.submit(manifest)
 
     def _skip(self, t: int) -> None:
-        """Take every other snapshot, until storage keeps up with more again.
-
-        Which ones follows from the number of calls: ranks that skip at different moments come to take the same ones,
-        without talking, instead of each a snapshot that the others have not.
-        """
         self.counts.skipped += 1
-        self._every = min(2 * self._every, _LARGEST_EVERY)
-        self._warn(t, f"no snapshot, storage is busy with the one before; one in {self._every} until it is quicker")
-
-    def _warn(self, t: int, text: str) -> None:
-        _log.warning("%s, rank %d, t=%d: %s", self._place.store.url, self._place.rank, t, text)
+        self._grid.widen()
+        text = f"no snapshot, storage is busy with the one before; one in {self._grid.every} until it is quicker"
+        self._place.warn(t, text)
 
     def _store(self, manifest: Manifest) -> None:
         """On the storage thread."""
         begin = time.monotonic()
         self._put(manifest)
-        self._put_seconds = time.monotonic() - begin
+        self._grid.put_seconds = time.monotonic() - begin
 
     def _put(self, manifest: Manifest) -> None:
         place = self._place
         try:
             if place.rank == 0:
-                _check_not_superseded(place, runs.newest_attempt(place.store))
+                check_not_superseded(place, newest_attempt(place.store))
             images = [] if manifest.refused else [
                 (shard_name(sigma_rel, place.rank, number), sigma_rel, image)
                 for sigma_rel, files in zip(place.sigma_rels, self._buffers.files, strict=True)
@@ -325,61 +299,16 @@ class Writer:
         except StorageError as error:
             self.counts.failed += 1
             self._unstored = self.counts.last_error = str(error)
-            self._warn(manifest.t, f"the snapshot is lost, training goes on: {error}")
+            self._place.warn(manifest.t, f"the snapshot is lost, training goes on: {error}")
             return
         self.counts.written += 1
         self._unstored = None if manifest.refused is None else f"t={manifest.t}: {manifest.refused}"
         if place.rank == 0:
             try:
-                self._prune(manifest.t)
+                tidy(place, manifest.t, self._known, self._told)
             except StorageError as error:
                 self.counts.last_error = str(error)
-                self._warn(manifest.t, f"older snapshots could not be deleted: {error}")
-
-    def _prune(self, t: int) -> None:
-        """On rank 0: delete what retention no longer needs, counting the snapshot at t, which may not be whole yet."""
-        place = self._place
-        run = runs.open_run(place.store, self._known)
-        _check_not_superseded(place, run.attempts[-1].number if run.attempts else -1)
-        self._tell_incomplete(run, t)
-        newest = run.newest()
-        if newest is None:
-            return
-        ts = {s.t for s in run.complete} | {t}
-        keep = schedule.snapshots_to_keep(
-            [x - place.origin for x in ts], place.sigma_rels, place.max_checkpoints,
-            protected={x - place.origin for x in run.pins | {newest.t}},
-        )  # fmt: skip
-        unwanted = [s for s in run.complete if s.t - place.origin not in keep]
-        if newest.attempt == place.attempt.number:
-            # A rank writes its snapshots in order. So where a later one is complete, no rank will finish this one.
-            too_old = run.complete[-2].t if len(run.complete) > 1 else 0
-            unwanted += [s for s in run.snapshots if s.unfinished and s.t < too_old]
-            unwanted += [s for s in run.abandoned if s.t <= newest.t and s.t not in run.pins]
-        for snapshot in unwanted:
-            runs.delete_snapshot(place.store, snapshot.folder)
-
-    def _tell_incomplete(self, run: runs.Run, t: int) -> None:
-        """Warn of snapshots of this attempt that should be complete by now: older than the two newest up to t."""
-        mine = [s for s in run.snapshots if s.attempt == self._place.attempt.number and s.t <= t]
-        for snapshot in mine[:-2]:
-            if snapshot.problem and snapshot.t not in self._told:
-                self._told.add(snapshot.t)
-                ask = ". Is update_ called on every rank?" if snapshot.unfinished else ""
-                self._warn(snapshot.t, f"incomplete snapshot: {snapshot.problem}{ask}")
-
-
-def _check_not_superseded(place: Place, newest: int) -> None:
-    if newest > place.attempt.number:
-        raise RunError(
-            f"attempt {place.attempt.number} of {place.store.url} is superseded by attempt {newest}: another job "
-            "continues this run. Stop one of them, or give each its own folder."
-        )
-    if newest < place.attempt.number:
-        raise StorageError(
-            f"{place.store.describe(attempt_key(place.attempt.number))} is gone; somebody removed it. Nothing is "
-            "written or deleted while it is missing."
-        )
+                self._place.warn(manifest.t, f"older snapshots could not be deleted: {error}")
 
 
 _open_writers: weakref.WeakSet[Writer] = weakref.WeakSet()

@@ -1,0 +1,178 @@
+"""One checkpoint from the files, one for each rank, of a sharded one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phema_dist.errors import LayoutError, RunError, StorageError
+from phema_dist.shard import Box, check_exact_cover, flat_range_to_boxes, flat_span, intersect
+from phema_dist.storage.snapshot import DTYPES
+from phema_dist.synthesis.checkpoint import Form, Item, shard_name
+from phema_dist.synthesis.export import Missing, Output, explain, find_missing, stable, write_missing
+from phema_dist.synthesis.files import named_alike, read_header
+
+if TYPE_CHECKING:
+    from phema_dist.ranks import Ranks
+    from phema_dist.synthesis.stream import Sink
+
+_PIECE_BYTES = 8 << 20
+_SHARD = re.compile(r"rank-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A box of a tensor in a file."""
+
+    path: Path
+    box: Box
+    start: int  # in bytes
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A sharded checkpoint: its tensors, where their boxes are, and what it says of itself."""
+
+    items: tuple[Item, ...]
+    places: dict[str, list[Place]]
+    facts: dict[str, Any]
+
+
+def join_shards(
+    ranks: Ranks,
+    folder: Path,
+    path: Path,
+    form: Form,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[Missing, Mapping[str, Any]]:
+    """Collective: write the checkpoint that the files in `folder` make together, all ranks together, to `path`.
+
+    Returns:
+        What had to be done, and what the checkpoint says of itself.
+
+    Raises:
+        RunError: files are missing, or of different averages, or do not make whole tensors.
+        SettingsError: something else is at `path`, and `overwrite` is False.
+    """
+    shards = ranks.each(partial(open_shards, folder))
+    output = Output(path, shards.facts)
+    ours: set[Path] = set()
+    missing = ranks.on_first(lambda: find_missing(form, shards.items, ranks.size, output, ours, overwrite=overwrite))
+    total = sum(item.num_bytes for item in shards.items) // ranks.size
+
+    def read(_: Sequence[int], wanted: Mapping[str, Sequence[Box]], sink: Sink) -> None:
+        for fqn, boxes in wanted.items():
+            for box in boxes:
+                for piece, values in _pieces(shards, fqn, box):
+                    sink(0, fqn, piece, values)
+                    if progress is not None:
+                        progress(values.nbytes, total)
+
+    write_missing(ranks, form, shards.items, [output], [missing], ours, read)
+    return missing, shards.facts
+
+
+def open_shards(folder: Path) -> Shards:
+    """Look at the files that ranks left in a folder: whether all are there, of one average, and make whole tensors."""
+    files = _all_ranks(folder)
+    items: dict[str, Item] = {}
+    places: dict[str, list[Place]] = {}
+    common: dict[str, Any] = {}
+    for rank, path in enumerate(files):
+        try:
+            facts = _read_shard(path, rank, len(files), items, places)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path} must be a file that --sharded wrote: {error!r}.") from error
+        if common and stable(facts) != stable(common):
+            raise RunError(
+                f"the files in {folder} must be of one average; compared with {files[0].name}, {path.name} "
+                f"{explain(facts, common)}. Make them again with --sharded --force."
+            )
+        common = common or facts
+    for fqn, item in items.items():
+        try:
+            check_exact_cover(fqn, item.shape, [place.box for place in places[fqn]])
+        except LayoutError as error:
+            raise RunError(f"the files in {folder} do not make whole tensors: {error}") from error
+    return Shards(tuple(items.values()), places, common)
+
+
+def _all_ranks(folder: Path) -> list[Path]:
+    found = {path.name: path for path in named_alike(folder, _SHARD)}
+    sizes = sorted({int(name[-17:-12]) for name in found})
+    if len(sizes) != 1:
+        what = f"those of {' and of '.join(map(str, sizes))} ranks" if sizes else "none"
+        raise RunError(
+            f"{folder} must hold the files of one sharded checkpoint, rank-*-of-*.safetensors; found {what}."
+        )
+    missing = [name for rank in range(sizes[0]) if (name := shard_name(rank, sizes[0])) not in found]
+    if missing:
+        raise RunError(
+            f"{folder} must hold the files of all {sizes[0]} ranks; {', '.join(missing[:5])} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Run the same synthesize --sharded again to finish it."
+        )
+    return list(found.values())
+
+
+def _read_shard(
+    path: Path, rank: int, num_ranks: int, items: dict[str, Item], places: dict[str, list[Place]]
+) -> dict[str, Any]:
+    """Add what a file holds to items and places, in order. Returns what it says of the whole checkpoint."""
+    table, begin = read_header(path)
+    metadata = table.pop("__metadata__")
+    facts = dict(json.loads(metadata["phema_dist"]))
+    offsets = json.loads(metadata["DCP_SHARDING_INFO"])
+    shard = facts.pop("shard")
+    if (shard["rank"], shard["world_size"]) != (rank, num_ranks):
+        raise ValueError(f"it says that it is of rank {shard['rank']} of {shard['world_size']}")
+    for name, shape in shard["shapes"].items():  # in the order of their data; tied names have the same data again
+        entry = table[name]
+        item = Item(name, (name, *shard["tied"].get(name, ())), tuple(shape), DTYPES[entry["dtype"]])
+        if items.setdefault(name, item) != item:
+            raise ValueError(f"{name} is another tensor in the files before")
+        box = Box(tuple(offsets[name]["saved_offsets"]), tuple(entry["shape"]))
+        first, last = entry["data_offsets"]
+        if (box.offsets[1:], box.sizes[1:]) != ((0,) * len(shape[1:]), tuple(shape[1:])):
+            raise ValueError(f"{name} must be cut into rows; it has {box} of {shape}")
+        if last - first != box.numel * item.dtype.itemsize:
+            raise ValueError(f"{name} has {last - first} bytes of data")
+        places.setdefault(name, []).append(Place(path, box, begin + first))
+    return facts
+
+
+def _pieces(shards: Shards, fqn: str, wanted: Box) -> Iterator[tuple[Box, torch.Tensor]]:
+    """A box of a tensor, a few MiB at a time, in memory that is used again."""
+    item = next(item for item in shards.items if item.fqn == fqn)
+    room = bytearray(_PIECE_BYTES)
+    for place in shards.places[fqn]:
+        shared = intersect(place.box, wanted)
+        if shared is None:
+            continue
+        step = _PIECE_BYTES // item.dtype.itemsize
+        for start in range(0, shared.numel, step):
+            for piece in flat_range_to_boxes(shared, start, min(start + step, shared.numel)):
+                first, _, _ = flat_span(piece, place.box)
+                values = torch.frombuffer(room, dtype=item.dtype, count=piece.numel).view(piece.sizes)
+                _read_into(place.path, place.start + first * item.dtype.itemsize, memoryview(room)[: values.nbytes])
+                yield piece, values
+
+
+def _read_into(path: Path, start: int, view: memoryview) -> None:
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while view and (num_bytes := file.readinto(view)):
+                view = view[num_bytes:]
+    except OSError as error:
+        raise StorageError(f"reading {path}: the disk answered: {error.strerror}.") from error
+    if view:
+        raise StorageError(f"reading {path}: the file is too short.")

@@ -1,0 +1,139 @@
+"""Which snapshots are taken, which are kept, and which get an index.
+
+What to take, ranks decide each for itself, from what they all count alike; the rest rank 0 does alone, on its storage
+thread. Nobody talks to anybody.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from phema_dist import schedule
+from phema_dist.errors import RunError, StorageError
+from phema_dist.storage import run as runs
+from phema_dist.storage.manifest import Attempt, attempt_key
+
+if TYPE_CHECKING:
+    from phema_dist.storage.store import Store
+
+_log = logging.getLogger("phema_dist")
+_QUICK = 0.75  # a put that takes up to this share of the time between snapshots keeps up with them
+_LARGEST_EVERY = 1024
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank writes, and what it writes of itself."""
+
+    store: Store
+    attempt: Attempt
+    rank: int
+    sigma_rels: tuple[float, ...]
+    origin: int
+    max_checkpoints: int
+    checkpoint_every: int
+
+    def warn(self, t: int, text: str) -> None:
+        """Log what went wrong at t."""
+        _log.warning("%s, rank %d, t=%d: %s", self.store.url, self.rank, t, text)
+
+
+@dataclass
+class Grid:
+    """Of the snapshots that are due, one in `every` is taken: fewer while storage is slow.
+
+    Which ones follows from the number of calls: ranks that skip at different moments come to take the same ones,
+    without talking, instead of each a snapshot that the others have not.
+    """
+
+    every: int = 1
+    put_seconds: float = 0.0  # how long the last one took
+    due_at: float = 0.0  # when the last one was due
+    interval: float = 0.0  # ... after the one before
+
+    def holds(self, number: int) -> bool:
+        """Whether the due snapshot of this number, due now, is to be taken."""
+        now = time.monotonic()
+        self.interval, self.due_at = now - self.due_at, now
+        return number % self.every == 0
+
+    def widen(self) -> None:
+        """Storage was busy: take every other one of them."""
+        self.every = min(2 * self.every, _LARGEST_EVERY)
+
+    def narrow(self) -> None:
+        """One is taken: take as many as storage keeps up with."""
+        while self.every > 1 and self.put_seconds < _QUICK * self.interval * (self.every // 2):
+            self.every //= 2
+
+
+def check_not_superseded(place: Place, newest: int) -> None:
+    """Raise RunError if the newest attempt is a later one than ours, StorageError if ours is not recorded any more."""
+    if newest > place.attempt.number:
+        raise RunError(
+            f"attempt {place.attempt.number} of {place.store.url} is superseded by attempt {newest}: another job "
+            "continues this run. Stop one of them, or give each its own folder."
+        )
+    if newest < place.attempt.number:
+        raise StorageError(
+            f"{place.store.describe(attempt_key(place.attempt.number))} is gone; somebody removed it. Nothing is "
+            "written or deleted while it is missing."
+        )
+
+
+def tidy(place: Place, t: int, known: runs.Known, told: set[int]) -> None:
+    """On rank 0: delete what retention no longer needs, counting the snapshot at t, which may not be whole yet.
+
+    What stays, and is older than the newest complete snapshot, gets an index.
+
+    Args:
+        place: where.
+        t: of the snapshot that this rank has just written.
+        known: what was read of the run before, brought up to date.
+        told: t of incomplete snapshots that were reported, brought up to date.
+    """
+    run = runs.open_run(place.store, known)
+    check_not_superseded(place, run.attempts[-1].number if run.attempts else -1)
+    _tell_incomplete(place, run, t, told)
+    newest = run.newest()
+    if newest is None:
+        return
+    ts = {s.t for s in run.complete} | {t}
+    keep = schedule.snapshots_to_keep(
+        [x - place.origin for x in ts], place.sigma_rels, place.max_checkpoints,
+        protected={x - place.origin for x in run.pins | {newest.t}},
+    )  # fmt: skip
+    unwanted = [s for s in run.complete if s.t - place.origin not in keep]
+    if newest.attempt == place.attempt.number:
+        # A rank writes its snapshots in order. So where a later one is complete, no rank will finish this one.
+        too_old = run.complete[-2].t if len(run.complete) > 1 else 0
+        unwanted += [s for s in run.snapshots if s.unfinished and s.t < too_old]
+        unwanted += [s for s in run.abandoned if s.t <= newest.t and s.t not in run.pins]
+    for snapshot in unwanted:
+        runs.delete_snapshot(place.store, snapshot.folder)
+    kept = (s for s in run.complete if s.t < newest.t and s.t - place.origin in keep)
+    _write_indexes(place, (s for s in kept if s.folder not in run.indexed))
+
+
+def _write_indexes(place: Place, snapshots: Iterable[runs.Snapshot]) -> None:
+    """Join manifests so that a big run opens quickly; what fails costs nothing, and comes again."""
+    for snapshot in snapshots:
+        try:
+            runs.write_index(place.store, snapshot)
+        except StorageError as error:
+            _log.debug("%s has no index yet: %s", snapshot.folder, error)
+            return  # the next one would not fare better, and storage has other things to do
+
+
+def _tell_incomplete(place: Place, run: runs.Run, t: int, told: set[int]) -> None:
+    """Warn of snapshots of this attempt that should be complete by now: older than the two newest up to t."""
+    mine = [s for s in run.snapshots if s.attempt == place.attempt.number and s.t <= t]
+    for snapshot in mine[:-2]:
+        if snapshot.problem and snapshot.t not in told:
+            told.add(snapshot.t)
+            ask = ". Is update_ called on every rank?" if snapshot.unfinished else ""
+            place.warn(snapshot.t, f"incomplete snapshot: {snapshot.problem}{ask}")
