@@ -40,6 +40,8 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/blocking.py --wrapper fsdp2
 	$(BIN)/python benchmarks/construction.py
 	$(BIN)/python benchmarks/synthesis.py
+	$(BIN)/python benchmarks/opening.py
+	$(BIN)/python benchmarks/opening.py --s3 --latency 0.05
 
 venv: $(READY)
 

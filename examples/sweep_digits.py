@@ -72,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(1)  # tensors this small gain nothing from more
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    averages = synthesize(args.checkpoint_dir, sigma_rels=SIGMA_RELS)  # all of them in one pass over the run
+    averages = synthesize(args.checkpoint_dir, SIGMA_RELS)  # all of them in one pass over the run
     judge = Judge(device)
     raw = judge(load_file(args.raw))
     rows = [(average.sigma_rel, *judge(average.state_dict)) for average in averages]

@@ -190,7 +190,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(tiles, "TILE_BYTES", 64)
     monkeypatch.setattr(tiles, "SPAN_BYTES", 32)
     monkeypatch.setattr(streams, "_STRIP_BYTES", 32)
-    monkeypatch.setattr(streams, "_STRIP_OF_BATCH_BYTES", 32)
     monkeypatch.setattr(streams, "_RANGE_BYTES", 128)
     return 64
 

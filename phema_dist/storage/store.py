@@ -108,18 +108,18 @@ class LocalStore:
             try:
                 fd = os.open(temporary, _CREATE, 0o666)
             except FileNotFoundError:
-                _make_folder(folder)
+                make_folder(folder)
                 fd = os.open(temporary, _CREATE, 0o666)
             try:
                 try:
                     _write_synced(fd, data)
-                    _publish(fd, temporary, target)
+                    name_file(fd, temporary, target)
                 finally:
                     os.close(fd)
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
-            _sync_folder(folder)
+            sync_folder(folder)
         except OSError as error:
             raise _local_error(error, "writing", target) from error
 
@@ -214,7 +214,7 @@ def _remove_unfinished(folder: str) -> None:
             os.unlink(f"{folder}/{name}")
 
 
-def _make_folder(folder: str) -> None:
+def make_folder(folder: str) -> None:
     """Make a folder and its parents, each made durable in its own parent."""
     parent = os.path.dirname(folder)
     try:
@@ -222,13 +222,13 @@ def _make_folder(folder: str) -> None:
     except FileExistsError:
         return
     except FileNotFoundError:
-        _make_folder(parent)
+        make_folder(parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
-    _sync_folder(parent)
+    sync_folder(parent)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -243,7 +243,7 @@ def _write_synced(fd: int, data: bytes | bytearray) -> None:
     os.fsync(fd)
 
 
-def _publish(fd: int, temporary: str, target: str) -> None:
+def name_file(fd: int, temporary: str, target: str) -> None:
     """Give the file its name, unless something has it."""
     try:
         os.link(temporary, target)

@@ -21,7 +21,7 @@ import torch
 
 from phema_dist.errors import AccessError, PhemaError, SettingsError, StorageError
 from phema_dist.shard import Box, flat_span
-from phema_dist.storage.store import _make_folder, _publish, _sync_folder
+from phema_dist.storage.store import make_folder, name_file, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -33,7 +33,7 @@ _LARGEST_HEADER = 100_000_000  # what safetensors itself accepts
 def create(path: Path, head: bytes, num_bytes: int) -> tuple[Path, int]:
     """Begin a file of that size under a hidden name: its place, and a descriptor that keeps it locked."""
     with _telling("writing", path):
-        _make_folder(os.fspath(path.parent.absolute()))
+        make_folder(os.fspath(path.parent.absolute()))
         while True:
             hidden = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
             fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -75,14 +75,14 @@ def publish(hidden: Path, fd: int, path: Path, *, replace: bool) -> None:
             hidden.replace(path)
         else:
             try:
-                _publish(fd, os.fspath(hidden), os.fspath(path))
+                name_file(fd, os.fspath(hidden), os.fspath(path))
             except FileExistsError as error:
                 raise SettingsError(
                     f"{path} has appeared while it was made: another process makes it too. Look at what is there, and "
                     "run this again."
                 ) from error
             hidden.unlink(missing_ok=True)
-        _sync_folder(os.fspath(path.parent))
+        sync_folder(os.fspath(path.parent))
 
 
 def discard(hidden: Path, fd: int) -> None:
@@ -97,7 +97,7 @@ def remove(paths: Collection[Path]) -> None:
     for path in paths:
         with _telling("deleting", path):
             path.unlink(missing_ok=True)
-            _sync_folder(os.fspath(path.parent))
+            sync_folder(os.fspath(path.parent))
 
 
 def named_alike(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 Sink = Callable[[int, str, Box, torch.Tensor], None]
 
 MEMORY_BYTES = 256 << 20
-# Of a local file: what is read is still in a cache when it is added, and Python has not much to do.
-_STRIP_BYTES, _STRIP_OF_BATCH_BYTES = 1 << 20, 512 << 10
+_STRIP_BYTES = 4 << 20  # of a local file, at most: smaller ones stay in caches, but cost as much in steps of Python
 _RANGE_BYTES = 16 << 20  # of an object, at most: larger ranges are not faster
 _LEAST_STRIP_BYTES = 64 << 10
 _SHARE_OF_STRIPS = 0.6  # of the memory, where blocks are kept too
@@ -190,9 +189,7 @@ def _fit(
     block_bytes = max(source.block_bytes for source in sources)
     alike = all(source.layout is reference for source in sources)
     most = store.read_concurrency
-    largest = cutting.TILE_BYTES if is_local else _RANGE_BYTES
-    if is_local and alike:
-        largest = _STRIP_OF_BATCH_BYTES if prefers_batches(num_targets, dtype) else _STRIP_BYTES
+    largest = _STRIP_BYTES if is_local else _RANGE_BYTES
     strips = [largest >> i for i in range(9) if i == 0 or largest >> i >= _LEAST_STRIP_BYTES]
     for share, strip_bytes in product((1, 2, 4, 8, 16, 32, 64, 128), strips):
         num_readers = max(1, (most if is_local else 2) // share)
@@ -265,9 +262,7 @@ class _Sum:
         copied = [source.copied_to if averaged else source.buffers_to for source in used]
         summed = [k for k in range(len(sources[0].coefficients)) if not any(k in targets for targets in copied)]
         factors = [[source.coefficients[k] for source in used] for k in summed]
-        return cls(
-            used, copied, summed, torch.tensor(factors, dtype=torch.float64, device="cpu").view(len(summed), len(used))
-        )
+        return cls(used, copied, summed, torch.tensor(factors, dtype=torch.float64, device="cpu").view(len(summed), len(used)))
 
 
 class _Room(local):

@@ -15,7 +15,7 @@ import torch
 TERMS_AT_ONCE = 16  # part of the result: another number would round differently
 _FEW = 3  # targets for which adding a snapshot while it is hot is faster than collecting a batch
 _ROWS = 4  # of a matrix product, and multiples: kernels for fewer keep another order
-_WIDTH = 8192  # columns of a matrix product, always: narrow ones are made by kernels of another order
+_WIDTH = 16384  # columns of a matrix product, always: narrow ones are made by kernels of another order
 
 
 def num_rows(num_targets: int) -> int:
