@@ -229,6 +229,7 @@ def make_folder(folder: str) -> None:
 
 
 def sync_folder(folder: str) -> None:
+    """Make what was made or removed in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

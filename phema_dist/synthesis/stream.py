@@ -262,7 +262,8 @@ class _Sum:
         copied = [source.copied_to if averaged else source.buffers_to for source in used]
         summed = [k for k in range(len(sources[0].coefficients)) if not any(k in targets for targets in copied)]
         factors = [[source.coefficients[k] for source in used] for k in summed]
-        return cls(used, copied, summed, torch.tensor(factors, dtype=torch.float64, device="cpu").view(len(summed), len(used)))
+        coefficients = torch.tensor(factors, dtype=torch.float64, device="cpu").view(len(summed), len(used))
+        return cls(used, copied, summed, coefficients)
 
 
 class _Room(local):
