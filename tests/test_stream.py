@@ -343,7 +343,7 @@ def test_memory_is_bounded_for_a_model_ten_times_larger(
         write_run(path, [(10, by_rows(2)), (20, by_rows(3))])
         command = [sys.executable, "-c", PEAK, str(path), str(num_targets), str(80 << 20)]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    slack = 20 << 20  # what Python and threads take
+    slack = 10 << 20  # what Python and threads take
     assert all(peak < (80 << 20) + slack for peak in peaks), peaks
     assert 4 * sum(math.prod(shape) for shape in SHAPES.values()) * 4 > 2 * (100 << 20)  # it would not fit
 
@@ -389,6 +389,7 @@ def test_a_header_that_was_changed_is_damage(tmp_path: Path) -> None:
     assert caught.value.folder == run.complete[0].folder
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_a_sink_that_stumbles_over_damaged_bytes_is_not_to_blame(tmp_path: Path) -> None:
     run, _ = write_run(tmp_path / "run", [(10, by_rows(1)), (20, by_rows(1))])
 
@@ -399,7 +400,7 @@ def test_a_sink_that_stumbles_over_damaged_bytes_is_not_to_blame(tmp_path: Path)
         stream(run.store, run.info, plan(run, [0.1]), picky)
     path = tmp_path / "run" / run.complete[0].folder / "sigma_rel-0.05" / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[run.complete[0].manifests[0].files[0].header_bytes + 63] ^= 1  # the block's second strip
     path.write_bytes(content)
     with pytest.raises(DamagedError):
         stream(run.store, run.info, plan(run, [0.1]), picky)
@@ -414,9 +415,13 @@ def test_after_an_error_readers_stop_and_torch_has_its_threads_again(
     run, _ = write_run(tmp_path / "run", [(10, by_rows(1)), (20, by_rows(1))])
     store: Any = Remote(run.store) if remote else run.store
 
+    calls = []
+
     def sink(k: int, name: str, box: Box, values: torch.Tensor) -> None:
+        calls.append(name)
+        if len(calls) == 1:
+            raise error
         time.sleep(0.05)
-        raise error
 
     before, threads = torch.get_num_threads(), threading.active_count()
     torch.set_num_threads(3)

@@ -164,6 +164,7 @@ class Blocks:
         self._held: dict[tuple[int, int, int], Future[torch.Tensor]] = {}
         self._users: Counter[tuple[int, int, int]] = Counter()  # that have fetched it and not released it
         self._left: dict[tuple[int, int, int], int] = {}  # uses to come
+        self._spare: list[torch.Tensor] = []  # memory to use again: fresh pages cost more than what is read into them
 
     def fetch(self, source: Source, index: int, block: int, progress: Progress | None) -> torch.Tensor:
         """A block's bytes; call `release` when they are not needed any more."""
@@ -194,13 +195,18 @@ class Blocks:
                 del self._users[key]
                 kept = sum(1 for held in self._held if held not in self._users) * source.block_bytes
                 if self._left[key] <= 0 or kept > self._room:
-                    del self._held[key]
+                    data = self._held.pop(key).result()
+                    if len(data) == source.block_bytes:
+                        self._spare.append(data)
                 if self._left[key] <= 0:
                     del self._left[key]
 
     def _read(self, source: Source, index: int, block: int) -> torch.Tensor:
         file, first = source.files[index], block * source.block_bytes
-        data = torch.empty(min(source.block_bytes, file.data_bytes - first), dtype=torch.uint8, device="cpu")
+        num_bytes = min(source.block_bytes, file.data_bytes - first)
+        with self._lock:
+            fits = bool(self._spare) and len(self._spare[-1]) == num_bytes
+            data = self._spare.pop() if fits else torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         view = data.numpy().data
         read_whole(self._store, source.snapshot, file, file.header_bytes + first, view)
         check(self._store, source, index, block, xxhash.xxh3_64_hexdigest(view))
