@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from phema_dist.errors import DamagedError
@@ -212,11 +213,13 @@ def write_checkpoints(
 def empty_state(info: RunInfo) -> dict[str, torch.Tensor]:
     """Uninitialised tensors for a whole state dict; tied names share one."""
     with torch.inference_mode(mode=False):  # or no other thread could fill them
-        state = {
-            fqn: torch.empty(facts.shape, dtype=result_dtype(facts), device="cpu")
-            for fqn, facts in info.tensors.items()
-        }
+        state = {fqn: _empty(facts.shape, result_dtype(facts)) for fqn, facts in info.tensors.items()}
     return state | {alias: state[fqn] for alias, fqn in info.aliases.items()}
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    # numpy asks for huge pages, torch does not; fresh small ones are a fifth of what eight averages cost.
+    return torch.from_numpy(np.empty(whole(shape).numel * dtype.itemsize, np.uint8)).view(dtype).view(tuple(shape))
 
 
 def fill_states(states: Sequence[Mapping[str, torch.Tensor]]) -> Sink:

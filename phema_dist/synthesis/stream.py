@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Sink = Callable[[int, str, Box, torch.Tensor], None]
 
 MEMORY_BYTES = 256 << 20
-_STRIP_BYTES = 2 << 20  # of a local file, at most: smaller ones lose to steps of Python what they win by caches
+_STRIP_BYTES = 1 << 20  # of a local file, at most: smaller ones lose to steps of Python what they win by caches
 _RANGE_BYTES = 16 << 20  # of an object, at most: larger ranges are not faster
 _LEAST_STRIP_BYTES = 64 << 10
 _SHARE_OF_STRIPS = 0.6  # of the memory, where blocks are kept too
