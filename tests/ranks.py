@@ -132,6 +132,10 @@ def _forget_groups() -> None:
     debug = sys.modules.get("torch.distributed.tensor.debug")
     if debug is not None:
         debug._clear_sharding_prop_cache()
+    redistribute = sys.modules.get("torch.distributed.tensor._redistribute")
+    if redistribute is not None:
+        redistribute.clear_redistribute_planner_cache()
+        redistribute._gen_transform_infos.cache_clear()
 
 
 def outcome(step: Callable[[], object]) -> str:

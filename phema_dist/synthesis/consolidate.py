@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from phema_dist.synthesis.stream import Sink
 
 Progress = Callable[[int, int], object]  # bytes read since the last call, bytes in all; called from any thread
+# From here on numpy asks for huge pages, and torch does not: fresh small ones are a fifth of what eight averages cost.
+_LARGE_BYTES = 4 << 20
 _LEFT_OUT = re.compile(r"t=(\d+): (.*)", re.DOTALL)
 
 
@@ -218,8 +220,10 @@ def empty_state(info: RunInfo) -> dict[str, torch.Tensor]:
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    # numpy asks for huge pages, torch does not; fresh small ones are a fifth of what eight averages cost.
-    return torch.from_numpy(np.empty(whole(shape).numel * dtype.itemsize, np.uint8)).view(dtype).view(tuple(shape))
+    num_bytes = whole(shape).numel * dtype.itemsize
+    if num_bytes < _LARGE_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype).view(tuple(shape))
 
 
 def fill_states(states: Sequence[Mapping[str, torch.Tensor]]) -> Sink:

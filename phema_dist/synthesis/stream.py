@@ -182,8 +182,8 @@ def _fit(
     """
     is_local = isinstance(store, LocalStore)
     num_targets, num_terms = len(sources[0].coefficients), sum(source.averaged for source in sources)
-    few = not prefers_batches(num_targets, dtype)  # then there is a sum of the batch, too
-    num_terms = 1 if is_local and few else max(1, min(num_terms, TERMS_AT_ONCE))
+    few = not prefers_batches(num_targets, dtype)
+    num_terms = 1 if is_local and few else num_rows(num_targets) + max(1, min(num_terms, TERMS_AT_ONCE))
     dtypes = {result_dtype(facts) for facts in info.tensors.values() if facts.kind == PARAMETER}
     itemsize = max(dtype.itemsize, *(kind.itemsize for kind in dtypes), 4)
     block_bytes = max(source.block_bytes for source in sources)
@@ -195,7 +195,7 @@ def _fit(
         num_readers = max(1, (most if is_local else 2) // share)
         num_fetchers = 0 if is_local else max(1, most // share)
         row_bytes = strip_bytes // 4 * itemsize
-        held = num_readers * (num_rows(num_targets) + num_terms + few * num_targets) * row_bytes
+        held = num_readers * (num_rows(num_targets) + num_terms) * row_bytes
         held += (num_fetchers or num_readers) * (2 * block_bytes + 2 * row_bytes)
         # What is sharded otherwise comes in blocks that the next strips need, too: keep room for those.
         if held <= memory_bytes * (1 if alike else _SHARE_OF_STRIPS):
@@ -343,15 +343,15 @@ def _make_strip(
             copy_moves(work.blocks, source, index, moves, row, work.progress)
 
     collect = work.fetchers is not None or prefers_batches(len(summed), strip.dtype)
+    num_scratch = len(sums) if collect else 0
     for begin in range(0, len(sources), TERMS_AT_ONCE):
         batch = range(begin, min(begin + TERMS_AT_ONCE, len(sources)))
-        values = work.room.rows("values", len(batch) if collect else 1, strip.numel, strip.dtype)
-        rows: Iterable[torch.Tensor] = _filled(
-            fill, batch, values.expand(len(batch), -1), work.fetchers, job.copied, give
-        )
+        matrix = work.room.rows("values", num_scratch + (len(batch) if collect else 1), strip.numel, strip.dtype)
+        values = matrix[num_scratch:].expand(len(batch), -1)
+        rows: Iterable[torch.Tensor] = _filled(fill, batch, values, work.fetchers, job.copied, give)
         if collect:
             deque(rows, maxlen=0)
-            rows = values
+            rows = matrix
         add_batch(sums, job.coefficients[:, begin : begin + TERMS_AT_ONCE], rows, first=begin == 0)
     for k, row in zip(summed, sums, strict=False):
         give(k, row)
