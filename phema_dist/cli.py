@@ -72,10 +72,19 @@ def _parser() -> argparse.ArgumentParser:
         help="length of the average as a share of training, in (0, 0.28867]; repeat for several",
     )  # fmt: skip
     wanted.add_argument(
-        "--beta", type=_beta, action="append", metavar="B[@T]", dest="targets", help="an EMA of constant beta; repeat"
+        "--beta",
+        type=_beta,
+        action="append",
+        metavar="B[@T]",
+        dest="targets",
+        help="an EMA of constant beta, unbiased; repeat",
     )
     wanted.add_argument(
-        "--beta-every", type=_number, default=1, metavar="N", help="... updated each N of t (default: 1)"
+        "--beta-every",
+        type=_number,
+        default=1,
+        metavar="N",
+        help="... updated each N of t (default: 1)",
     )
     wanted.add_argument(
         "--tail", type=_tail, action="append", metavar="FRACTION[@T]", dest="targets",
@@ -83,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     wanted.add_argument(
         "--coefficients", type=_coefficients, action="append", metavar="JSON", dest="targets",
-        help="""a sum of stored averages, as in '{"1000": 0.5, "2000": 0.5}'""",
+        help="""a sum of snapshots by their t, as in '{"1000": 0.5, "2000": 0.5}', of the shortest tracked average""",
     )  # fmt: skip
     making.add_argument(
         "--out", required=True, metavar="FILE|DIR",
@@ -143,7 +152,11 @@ def _checked(make: Callable[[float, int | None], Target]) -> Callable[[str], Tar
     def read(text: str) -> Target:
         number, at, t = text.partition("@")
         try:
-            return make(float(number), int(t) if at else None)
+            value, end = float(number), int(t) if at else None
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be a number, or NUMBER@T with a whole T; got {text}") from error
+        try:
+            return make(value, end)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -281,6 +294,8 @@ def _consolidate(arguments: argparse.Namespace) -> None:
 
 def _is_pickled(arguments: argparse.Namespace) -> bool:
     suffix = Path(arguments.out).suffix
+    if not arguments.out:
+        raise PhemaError("--out must name a file or a folder; got nothing.")
     if "://" in arguments.out:
         raise PhemaError(f"--out must be a local file or folder, to be uploaded from there; got {arguments.out}.")
     if suffix in {".pth", ".bin", ".ckpt"}:

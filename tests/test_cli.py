@@ -113,7 +113,7 @@ def test_a_damaged_snapshot_is_left_out_or_with_strict_an_error_that_leaves_no_f
     command = ["synthesize", str(local_run), "--sigma-rel", "0.15", "--out", str(out)]
     assert main([*command, "--strict"]) == 1
     assert "000000000020-a0/sigma_rel-0.28/rank-00000.safetensors" in capsys.readouterr().err
-    assert list(out.parent.iterdir()) == []
+    assert not out.parent.exists()
     assert main(command) == 0
     assert "from snapshots: 2," in capsys.readouterr().out
     assert "000000000020-a0/sigma_rel-0.28/rank-00000.safetensors" in caplog.text
@@ -211,7 +211,7 @@ def test_a_poor_certificate_warns_and_does_not_fail(local_run: Path, tmp_path: P
     done = subprocess.run([*command, "--out", str(tmp_path / "x")], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "WARNING: sigma_rel=0.12 at t=30: the profile error is" in done.stderr
-    assert "left out an incomplete snapshot, t=10" in done.stderr
+    assert "left out a snapshot that cannot be used, t=10" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["ls", "synthesize", "consolidate"])

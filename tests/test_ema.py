@@ -460,7 +460,7 @@ def test_an_incomplete_snapshot_is_left_out_and_named(tmp_path: Path, caplog: py
     assert found.t == 90
     assert found.certificate.num_snapshots == 7
     assert [text.partition(":")[0] for text in found.certificate.left_out] == ["t=50", "t=70"]
-    assert "left out an incomplete snapshot, t=50" in caplog.text
+    assert "left out a snapshot that cannot be used, t=50" in caplog.text
 
 
 @pytest.mark.parametrize(("t", "position"), [(80, -3), (10, 20)], ids=["data", "header"])
@@ -478,7 +478,7 @@ def test_a_flipped_byte_is_left_out_naming_the_file(
     assert left_out.startswith(f"t={t}: ")
     assert name in left_out
     assert "checksum" in left_out
-    assert f"left out an incomplete snapshot, {left_out}" in caplog.text
+    assert f"left out a snapshot that cannot be used, {left_out}" in caplog.text
 
 
 def test_without_any_complete_snapshot_the_error_says_what_to_wait_for(tmp_path: Path) -> None:

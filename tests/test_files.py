@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,7 +221,7 @@ def test_what_is_there_is_kept_if_it_is_the_same_and_refused_if_not(
     kept = (tmp_path / "model.safetensors").stat()
     assert (kept.st_ino, kept.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     for arguments, message in [
-        ([], "was made for t=40, not t=50; pass --t 40 to finish it"),
+        ([], "was made for t=40, not t=50; pass --t 40 for the same"),
         (["--t", "40", "--dtype", "fp16"], "was written with dtype 'float32', not 'float16'"),
         (["--t", "40", *SMALL], "is part of the same average divided into files otherwise"),
     ]:
@@ -582,7 +584,7 @@ def test_shards_that_do_not_belong_together_are_not_joined(run: Path, tmp_path: 
     second.write_bytes(original)
     shutil.copy(second, shards / "rank-00000-of-00002.safetensors")
     assert "found those of 2 and of 3 ranks" in refusal(*join)
-    assert "found none" in refusal("consolidate", tmp_path / "nowhere", "--out", out)
+    assert "there is none" in refusal("consolidate", tmp_path / "nowhere", "--out", out)
     assert not out.exists()
     phema(*base, "--sigma-rel", 0.15, "--force", world_size=2)
     assert [path.name for path in sorted(shards.iterdir())] == [
@@ -607,3 +609,55 @@ def test_a_pt_file_is_a_plain_state_dict(run: Path, tmp_path: Path, size: int) -
     assert "was made for t=50, not t=40" in refusal(*command, "--t", 40)
     out.write_bytes(out.read_bytes()[:-10])
     assert "is not a whole checkpoint file of phema_dist" in refusal(*command)
+
+
+@pytest.mark.parametrize("first", [[], ["--sharded"]])
+def test_shards_and_other_checkpoints_never_share_a_folder(run: Path, tmp_path: Path, first: list[str]) -> None:
+    phema("synthesize", run, "--sigma-rel", 0.1, "--out", tmp_path, *first)
+    before = content(tmp_path)
+    second = [] if first else ["--sharded"]
+    for force in ([], ["--force"]):
+        said = refusal("synthesize", run, "--sigma-rel", 0.2, "--out", tmp_path, *second, *force)
+        assert "must not hold both the files of --sharded and other checkpoints" in said
+    if first:
+        assert "must not hold both" in refusal("consolidate", tmp_path, "--out", tmp_path / "joined.safetensors")
+    assert content(tmp_path) == before
+
+
+def test_who_writes_into_a_folder_waits_for_who_does(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands at once, each with --force and numbered files: the later one replaces all of the earlier one's."""
+    original, begun = export.publish, threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        begun.set()
+        time.sleep(0.1)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(export, "publish", slow)
+    command = ["synthesize", str(run), "--out", str(tmp_path / "made"), "--force", "--max-file-size", "100"]
+    codes: list[int] = []
+    other = threading.Thread(target=lambda: codes.append(main([*command, "--sigma-rel", "0.1"])))
+    other.start()
+    assert begun.wait(30)
+    codes.append(main([*command, "--sigma-rel", "0.2"]))
+    other.join()
+    assert codes == [0, 0]
+    assert "another process is writing" in caplog.text
+    made = list((tmp_path / "made").glob("*.safetensors"))
+    assert len(made) > 2
+    for path in made:
+        with safe_open(path, "pt") as opened:
+            assert '"sigma_rel": 0.2' in opened.metadata()["phema_dist"]
+
+
+def test_names_that_no_file_can_have_are_refused(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    one = ["synthesize", run, "--sigma-rel", 0.1, "--out", out, "--keys", "scale", "--strip-prefix", "scale"]
+    assert "no tensor may be named ''" in refusal(*one)
+    assert "no tensor may be named '__metadata__'" in refusal(*one, "--prefix", "__metadata__")
+    out.mkdir()
+    assert "must be a file, and is a folder" in refusal(
+        "synthesize", run, "--sigma-rel", 0.1, "--out", out / "..", "--force"
+    )

@@ -30,6 +30,7 @@ from phema_dist.errors import DamagedError, KeyMissingError, ProfileError, RunEr
 from phema_dist.storage.store import LocalStore
 from phema_dist.synthesis import reader as readers
 from phema_dist.synthesis.reader import SynthesisReader
+from phema_dist.synthesis.tiles import cast
 from phema_dist.target import Power
 
 pytestmark = [
@@ -257,8 +258,8 @@ def test_a_run_or_an_average_that_does_not_exist_is_told_as_it_is(written: Path,
     error = failure(empty(), tmp_path)
     assert isinstance(error, RunError)
     assert "there is no run.json" in str(error)
-    error = failure(empty(), written, sigma_rel=0.4)
-    assert isinstance(error, ProfileError)
+    with pytest.raises(ProfileError, match=r"sigma_rel must lie in"):
+        SynthesisReader(written, sigma_rel=0.4)
     assert "t=1000" in str(failure(empty(), written, t=1000))
     assert "snapshots of the run, at t=[2, 4, 6]; got 3" in str(failure(empty(), written, exclude=[3]))
     assert SynthesisReader.validate_checkpoint_id(tmp_path)
@@ -406,6 +407,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from phema_dist.synthesis.reader import SynthesisReader
+from phema_dist.synthesis.tiles import cast
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -446,3 +448,23 @@ def test_loading_uses_bounded_memory_beside_the_state_dict(tmp_path: Path) -> No
     used, value = json.loads(done.stdout.splitlines()[-1])
     assert value == pytest.approx(3, rel=1e-2)
     assert used < memory + (24 << 20)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (torch.tensor([304]), torch.uint8),
+        (torch.tensor([1e6]), torch.float16),
+        (torch.tensor([1e6]), torch.float8_e5m2),
+    ],
+)
+def test_values_that_a_dtype_cannot_hold_are_refused(value: torch.Tensor, dtype: torch.dtype) -> None:
+    with pytest.raises(SettingsError, match=f"a.b exceeds the range of {str(dtype)[6:]}"):
+        cast(value, dtype, "a.b")
+    fine = torch.ones_like(value)
+    assert torch.equal(cast(fine, dtype, "a.b").to(fine.dtype), fine)
+
+
+def test_an_average_that_is_not_finite_stays_what_it_is() -> None:
+    odd = torch.tensor([torch.inf, torch.nan, 1.0])
+    assert torch.equal(cast(odd, torch.float16, "a").float().nan_to_num(), odd.to(torch.float16).float().nan_to_num())

@@ -272,8 +272,8 @@ def test_what_is_left_out_is_named_with_what_it_costs(plain: Run, caplog: pytest
         announce([*before, less, *plan(run, [0.15])])
     lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert lines[:2] == [
-        "left out an incomplete snapshot, t=80: bitten",
-        "left out an incomplete snapshot, t=90: chewed",
+        "left out a snapshot that cannot be used, t=80: bitten",
+        "left out a snapshot that cannot be used, t=90: chewed",
     ]
     cost = f"{less.certificate.profile_error:.2%} instead of {whole.certificate.profile_error:.2%}"
     assert lines[2].startswith("sigma_rel=0.1 at t=100: without what was left out, the profile error is")
@@ -317,7 +317,7 @@ def test_a_damaged_end_is_named_and_one_that_is_being_written_is_not(
     (found,) = plan(damaged, [0.28])
     assert (found.t, found.certificate.left_out, found.certificate.ends_before) == (90, (), ("t=100: bitten",))
     announce([found])
-    assert "averages end at t=90, before an incomplete snapshot, t=100: bitten" in caplog.text
+    assert "averages end at t=90, before a snapshot that cannot be used, t=100: bitten" in caplog.text
     with pytest.raises(SnapshotError, match="t=100: bitten"):
         plan(damaged, [0.28], strict=True)
     assert plan(damaged, [0.28], t=90, strict=True)[0].certificate.ends_before == ()
@@ -401,3 +401,13 @@ def test_the_same_schedule_of_another_training_is_another_recipe(tmp_path: Path)
         described += [plan(open_run(open_store(tmp_path / name)), [0.1])[0].describe()]
     assert described[0]["terms"] == described[1]["terms"]
     assert described[0] != described[1]
+
+
+def test_the_bias_that_somebodys_own_ema_would_have_is_told(plain: Run, caplog: pytest.LogCaptureFixture) -> None:
+    short, long = plan(plain, [ConstantBeta(0.9), ConstantBeta(0.98, every=2)])
+    assert short.certificate.bias_removed == pytest.approx(0.9**100)
+    assert long.certificate.bias_removed == pytest.approx(0.98**50)
+    announce([short])
+    assert "first parameters" not in caplog.text
+    announce([long])
+    assert "an EMA that begins with the first parameters would still hold 36.4% of them" in caplog.text

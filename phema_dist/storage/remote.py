@@ -238,7 +238,7 @@ class FsspecStore:
         except (ImportError, KeyError, TypeError, ValueError) as error:
             raise SettingsError(
                 f"cannot open {self.url}: {self.said(error)}. "
-                'For s3:// run `pip install "phema-dist[s3]"`; else check the URL and storage_options.'
+                "For s3:// install phema-dist with its extra [s3]; else check URL, fsspec client and storage_options."
             ) from error
         return Client(filesystem, root, threading.Lock())
 

@@ -78,6 +78,8 @@ def open_store(
         raise SettingsError(f"a URL must be a str: as a path it lost a slash and became {text!r}.")
     if "::" in text:
         raise SettingsError(f"a chained URL cannot promise whole objects: give the inner one of {text!r}.")
+    if re.match(r"(s3a?|gs|gcs|abfss?|az)://(/|$)", text):
+        raise SettingsError(f"checkpoint_dir must name a bucket, as in s3://bucket/run; got {text!r}.")
     if not text or re.match(r"(s3a?|gs|gcs|abfss?|az|https?|hf|hdfs)(:/?[^/]|:$|//)", text):
         raise SettingsError(f"checkpoint_dir must be a folder or a URL such as s3://bucket/run; got {text!r}.")
     protocol, separator, rest = text.partition("://")

@@ -142,6 +142,8 @@ def items_of(info: RunInfo, form: Form) -> list[Item]:
         if facts.kind == PARAMETER and dtype == torch.float32:
             dtype = form.dtype
         new_names = tuple(form.prefix + name.removeprefix(form.strip_prefix) for name in group)
+        if impossible := {"", "__metadata__"} & set(new_names):
+            raise SettingsError(f"no tensor may be named {min(impossible)!r}, as {group[0]} would be; change --prefix.")
         items.append(Item(fqn, new_names, facts.shape, dtype))
     return sorted(items, key=lambda item: (item.num_bytes > 0, -item.dtype.itemsize))
 

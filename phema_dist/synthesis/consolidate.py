@@ -19,7 +19,7 @@ from phema_dist.ranks import ALONE
 from phema_dist.shard import Box, intersect, whole
 from phema_dist.storage.store import open_store
 from phema_dist.synthesis.checkpoint import Form, items_of
-from phema_dist.synthesis.export import Output, find_missing, write_missing
+from phema_dist.synthesis.export import Output, alone_in, find_missing, write_missing
 from phema_dist.synthesis.request import Request, fulfil
 from phema_dist.synthesis.stream import MEMORY_BYTES, num_bytes, stream
 from phema_dist.synthesis.tiles import result_dtype
@@ -208,7 +208,8 @@ def write_checkpoints(
         for k, todo in zip(pending, missing, strict=True):
             written[k] = Written(todo.shown, recipes[k], todo.num_files, todo.num_kept)
 
-    fulfil(store, ranks, request, make)
+    with alone_in(ranks, [path if form.sharded else path.parent for path in paths]):
+        fulfil(store, ranks, request, make)
     return [written[k] for k in range(len(paths))]
 
 

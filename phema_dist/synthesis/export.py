@@ -11,7 +11,7 @@ import json
 import mmap
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,18 @@ import torch
 from phema_dist.errors import SettingsError, StorageError
 from phema_dist.shard import Box
 from phema_dist.synthesis.checkpoint import CheckpointFile, Form, Item, cut, divide, index_of
-from phema_dist.synthesis.files import create, discard, named_alike, publish, read_header, remove, shared, write_box
+from phema_dist.synthesis.files import (
+    create,
+    discard,
+    locked,
+    named_alike,
+    publish,
+    read_header,
+    remove,
+    shared,
+    write_box,
+)
+from phema_dist.synthesis.tiles import cast
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
 
 # Makes the wanted boxes of some outputs, given by their index, and hands them to a sink that counts those from 0 on.
 Read = Callable[[Sequence[int], Mapping[str, Sequence[Box]], "Sink"], object]
+SHARD = re.compile(r"rank-(\d{5})-of-(\d{5})\.safetensors")
 _VOLATILE = {"library", "certificate"}  # what may differ between two checkpoints of one recipe
 _REPLACE = "Choose another --out, or replace it with --force."
 
@@ -87,6 +99,7 @@ def find_missing(
     Raises:
         SettingsError: there is something else, and `overwrite` is False.
     """
+    _check_place(output, form)
     files = [file for group in divide(items, form, output.path.name, num_ranks) for file in group]
     numbered = len(files) > 1 and not form.sharded
     expected = {_path(output, form, file.name): file for file in files}
@@ -121,6 +134,28 @@ def find_missing(
         left_over=() if form.sharded else tuple(stale if numbered else [*old_index, *stale]),
         replace=frozenset(others),
     )
+
+
+def _check_place(output: Output, form: Form) -> None:
+    """Whatever opens a folder of shards reads all safetensors files in it."""
+    if not form.sharded and output.path.is_dir():
+        raise SettingsError(f"{output.path} must be a file, and is a folder. {_REPLACE.partition(',')[0]}.")
+    folder = output.path if form.sharded else output.path.parent
+    names = [path.name for path in folder.glob("*.safetensors") if not path.name.startswith(".")]
+    found = [name for name in names if bool(SHARD.fullmatch(name)) is not form.sharded]
+    if found:
+        raise SettingsError(
+            f"{folder} must not hold both the files of --sharded and other checkpoints, which readers would mix; "
+            f"{min(found)} is there. Choose another --out."
+        )
+
+
+@contextmanager
+def alone_in(ranks: Ranks, folders: Iterable[Path]) -> Iterator[None]:
+    """Collective: no other process looks what is there, or writes, in these folders meanwhile; it waits."""
+    with ExitStack() as stack:
+        ranks.on_first(lambda: [stack.enter_context(locked(folder)) for folder in sorted(set(folders))] and None)
+        yield
 
 
 def write_missing(
@@ -183,22 +218,13 @@ def _fill(ranks: Ranks, tasks: Sequence[_Task], hidden: Sequence[Path], read: Re
 
         def write(k: int, fqn: str, box: Box, values: torch.Tensor) -> None:
             item, within = items[fqn]
-            cast = _cast(item, values)
+            found = cast(values, item.dtype, fqn)
             for start in file.starts[fqn]:
-                write_box(fds[k], len(mine[k][0].header) + start, box, within, cast)
+                write_box(fds[k], len(mine[k][0].header) + start, box, within, found)
 
         wanted = {item.fqn: [box] for item, box in parts if box.numel}
         if wanted:
             read([task.output for task, _ in mine], wanted, write)
-
-
-def _cast(item: Item, values: torch.Tensor) -> torch.Tensor:
-    cast = values.to(item.dtype)
-    if cast.dtype != values.dtype and not bool(cast.isfinite().all()) and bool(values.isfinite().all()):
-        raise SettingsError(
-            f"{item.fqn} exceeds the range of {str(cast.dtype)[6:]}; write the average in bfloat16 or float32."
-        )
-    return cast
 
 
 def _publish_all(
@@ -285,7 +311,7 @@ def _index_path(output: Output) -> Path:
 def _family(output: Output, form: Form) -> re.Pattern[str]:
     """Names of the files that make one checkpoint, in any form that could be mistaken for this one."""
     if form.sharded:
-        return re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
+        return SHARD
     name, stem, suffix = map(re.escape, (output.path.name, output.path.stem, output.path.suffix))
     return re.compile(name if form.pickled else rf"{name}|{name}\.index\.json|{stem}-\d{{5}}-of-\d{{5}}{suffix}")
 
@@ -331,18 +357,24 @@ def _read_facts(path: Path, *, pickled: bool = False) -> tuple[dict[str, Any], d
 
 def explain(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """How the checkpoint that a file belongs to differs from another one, in words."""
-    if found.get("target") != wanted["target"]:
-        return f"holds another average, {found.get('target')}"
-    if found.get("t") != wanted["t"]:
-        return f"was made for t={found.get('t')}, not t={wanted['t']}; pass --t {found.get('t')} to finish it"
-    for option, value in wanted["form"].items():
-        if (other := found.get("form", {}).get(option)) != value:
-            return f"was written with {option} {other!r}, not {value!r}"
-    if {**stable(found), "shard": 0} != {**stable(wanted), "shard": 0}:
-        return "was made from other snapshots, or with other coefficients"
-    return (
-        "is part of the same average divided into files otherwise; use the same --max-file-size, or ranks, to finish it"
+    old, new = found.get("form", {}), wanted["form"]
+    changed = [name for name in new if old.get(name) != new[name]]
+    reasons = {
+        "was made by another version of phema_dist": "attempts" not in found,
+        "was made from another run": not found.get("attempts", {}).items() & wanted["attempts"].items(),
+        f"holds another average, {found.get('target')}": found.get("target") != wanted["target"],
+        f"was made for t={found.get('t')}, not t={wanted['t']}; pass --t {found.get('t')} for the same": (
+            found.get("t") != wanted["t"]
+        ),
+        f"was written with {', '.join(f'{name} {old.get(name)!r}, not {new[name]!r}' for name in changed)}": changed,
+        "was made from other snapshots, or with other coefficients": (
+            {**stable(found), "shard": 0} != {**stable(wanted), "shard": 0}
+        ),
+    }
+    otherwise = (
+        "is part of the same average divided into files otherwise; choose --max-file-size, or the ranks, as then"
     )
+    return next((reason for reason, holds in reasons.items() if holds), otherwise)
 
 
 def stable(facts: Mapping[str, Any]) -> dict[str, Any]:

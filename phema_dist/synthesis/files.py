@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -26,8 +27,28 @@ from phema_dist.storage.store import make_folder, name_file, sync_folder
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+_log = logging.getLogger("phema_dist")
 _HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 _LARGEST_HEADER = 100_000_000  # what safetensors itself accepts
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let nobody else in who asks the same, and wait until nobody is; a folder that was made for it goes if unused."""
+    with _telling("writing", folder):
+        made = not folder.exists()
+        make_folder(os.fspath(folder.absolute()))
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not _lock(fd, fcntl.LOCK_EX):
+            _log.warning("another process is writing into %s: waiting for it", folder)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        os.close(fd)
 
 
 def create(path: Path, head: bytes, num_bytes: int) -> tuple[Path, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from phema_dist.errors import LayoutError, RunError, StorageError
 from phema_dist.shard import Box, check_exact_cover, flat_range_to_boxes, flat_span, intersect
 from phema_dist.storage.snapshot import DTYPES
 from phema_dist.synthesis.checkpoint import Form, Item, shard_name
-from phema_dist.synthesis.export import Missing, Output, explain, find_missing, stable, write_missing
+from phema_dist.synthesis.export import SHARD, Missing, Output, alone_in, explain, find_missing, stable, write_missing
 from phema_dist.synthesis.files import named_alike, read_header
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from phema_dist.synthesis.stream import Sink
 
 _PIECE_BYTES = 8 << 20
-_SHARD = re.compile(r"rank-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def join_shards(
     shards = ranks.each(partial(open_shards, folder))
     output = Output(path, shards.facts)
     ours: set[Path] = set()
-    missing = ranks.on_first(lambda: find_missing(form, shards.items, ranks.size, output, ours, overwrite=overwrite))
+    look = partial(find_missing, form, shards.items, ranks.size, output, ours, overwrite=overwrite)
     total = sum(item.num_bytes for item in shards.items) // ranks.size
 
     def read(_: Sequence[int], wanted: Mapping[str, Sequence[Box]], sink: Sink) -> None:
@@ -77,12 +75,17 @@ def join_shards(
                     if progress is not None:
                         progress(values.nbytes, total)
 
-    write_missing(ranks, form, shards.items, [output], [missing], ours, read)
+    with alone_in(ranks, [path.parent]):
+        missing = ranks.on_first(look)
+        write_missing(ranks, form, shards.items, [output], [missing], ours, read)
+
     return missing, shards.facts
 
 
 def open_shards(folder: Path) -> Shards:
     """Look at the files that ranks left in a folder: whether all are there, of one average, and make whole tensors."""
+    if not folder.is_dir():
+        raise RunError(f"{folder} must be a folder that synthesize --sharded wrote; there is none.")
     files = _all_ranks(folder)
     items: dict[str, Item] = {}
     places: dict[str, list[Place]] = {}
@@ -107,7 +110,7 @@ def open_shards(folder: Path) -> Shards:
 
 
 def _all_ranks(folder: Path) -> list[Path]:
-    found = {path.name: path for path in named_alike(folder, _SHARD)}
+    found = {path.name: path for path in named_alike(folder, SHARD)}
     sizes = sorted({int(name[-17:-12]) for name in found})
     if len(sizes) != 1:
         what = f"those of {' and of '.join(map(str, sizes))} ranks" if sizes else "none"

@@ -28,7 +28,8 @@ from phema_dist.storage.run import load_snapshots, open_run, read_info
 from phema_dist.storage.store import open_store
 from phema_dist.synthesis.recipe import Recipe, announce, plan
 from phema_dist.synthesis.stream import MEMORY_BYTES, stream
-from phema_dist.synthesis.tiles import result_dtype
+from phema_dist.synthesis.tiles import cast, result_dtype
+from phema_dist.target import Target, as_target
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from phema_dist.storage.manifest import RunInfo
     from phema_dist.storage.run import Run, Snapshot
     from phema_dist.synthesis.stream import Sink
-    from phema_dist.target import Target
 
 _log = logging.getLogger("phema_dist")
 Places = dict[Box, list[torch.Tensor]]  # the tensors that want these boxes of one tensor of the run
@@ -80,7 +80,7 @@ class SynthesisReader(StorageReader):
         strict: bool = False,
     ) -> None:
         self._store, self._storage_options = open_store(url, storage_options), storage_options
-        self._target, self._t = sigma_rel, t
+        self._target, self._t = as_target(sigma_rel), t
         self._prefix, self._partial, self._exclude = prefix, partial, tuple(exclude)
         self._memory_bytes, self._strict = memory_bytes, strict
         self._info: RunInfo
@@ -248,16 +248,9 @@ def _sink(places: Mapping[str, Places]) -> Sink:
             if intersect(box, held) == box:
                 for tensor in tensors:
                     with torch.inference_mode(tensor.is_inference()):  # the caller's mode is not that of this thread
-                        tensor[box.relative_to(held)].copy_(_cast(fqn, values, tensor.dtype))
+                        tensor[box.relative_to(held)].copy_(cast(values, tensor.dtype, fqn))
 
     return fill
-
-
-def _cast(fqn: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    cast = values.to(dtype)
-    if dtype != values.dtype and not bool(cast.isfinite().all()) and bool(values.isfinite().all()):
-        raise SettingsError(f"{fqn} exceeds the range of {_name(dtype)}; load it into bfloat16 or float32 tensors.")
-    return cast
 
 
 def _name(dtype: torch.dtype) -> str:

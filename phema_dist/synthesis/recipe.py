@@ -15,13 +15,14 @@ from phema_dist import profile
 from phema_dist.errors import ProfileError, SnapshotError
 from phema_dist.profile import Array, PowerProfile, UpdateHistory
 from phema_dist.storage.snapshot import HALF_ULP
-from phema_dist.target import Explicit, Power, Shape, Target, as_target, neighbours, resolve
+from phema_dist.target import ConstantBeta, Explicit, Power, Shape, Target, as_target, neighbours, resolve
 
 if TYPE_CHECKING:
     from phema_dist.storage.run import Run, Snapshot
 
 _log = logging.getLogger("phema_dist")
 GOOD_ERROR = 0.05  # a profile error above this is worth a warning
+GOOD_BIAS = 0.01  # and so is it if somebody's own EMA would differ by this share of the first parameters
 GOOD_NOISE = 0.005  # and so is an expected change of the parameters, by the rounding of what is stored, above this
 
 
@@ -34,6 +35,7 @@ class Certificate:
     relative error of a parameter from that, for the stored dtype. `left_out` names snapshots that could not be used;
     with them, the profile error would be `error_with_all`. `ends_before` names those that would have been the end, if
     that was left open. `suggestion` is the nearest target of the same family that would be good, if this is not.
+    `bias_removed` is how much of the first parameters an EMA of that constant beta would hold that began with them.
     """
 
     profile_error: float
@@ -46,6 +48,7 @@ class Certificate:
     error_with_all: float = 0.0
     ends_before: tuple[str, ...] = ()
     suggestion: str = ""
+    bias_removed: float = 0.0
 
     @property
     def good(self) -> bool:
@@ -157,8 +160,13 @@ def announce(recipes: Sequence[Recipe]) -> None:
                 "%s: the rounding of %s snapshots changes parameters by about %.1f%%; float32 ones do not%s", what,
                 recipe.newest.manifests[0].dtype, 100 * certificate.rounding_noise, suggestion,
             )  # fmt: skip
+        if certificate.bias_removed > GOOD_BIAS:
+            _log.warning(
+                "%s: an EMA that begins with the first parameters would still hold %.1f%% of them; this average has no "
+                "such bias", what, 100 * certificate.bias_removed,
+            )  # fmt: skip
     for left_out in dict.fromkeys(text for recipe in recipes for text in recipe.certificate.left_out):
-        _log.warning("left out an incomplete snapshot, %s", left_out)
+        _log.warning("left out a snapshot that cannot be used, %s", left_out)
     for recipe in recipes:
         if recipe.certificate.left_out:
             _log.warning(
@@ -166,7 +174,7 @@ def announce(recipes: Sequence[Recipe]) -> None:
                 recipe.t, 100 * recipe.certificate.profile_error, 100 * recipe.certificate.error_with_all,
             )  # fmt: skip
     for later, t in {text: recipe.t for recipe in recipes for text in recipe.certificate.ends_before}.items():
-        _log.warning("averages end at t=%d, before an incomplete snapshot, %s", t, later)
+        _log.warning("averages end at t=%d, before a snapshot that cannot be used, %s", t, later)
 
 
 def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
@@ -197,6 +205,7 @@ def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
         error_with_all=min(float(with_all[0]), error),
         # A snapshot that is not finished is being written, if it is newer than all complete ones.
         ends_before=_problems(s for s in run.snapshots if end is None and s.t > t and not s.unfinished),
+        bias_removed=target.beta ** (aim.t / target.every) if isinstance(target, ConstantBeta) else 0.0,
         suggestion="" if _is_good(error, noise) else _suggestion(target, aim.t, profiles, roundings),
     )
     return Recipe(target, t, terms, newest, certificate)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from phema_dist.target import Target
 
 
+_MOST_GONE = 4  # times that a file may have gone before this is given up
+
+
 @dataclass(frozen=True)
 class Request:
     """Averages to make in one pass. `t` is the end of those that do not say theirs; None: the newest snapshot's.
@@ -47,14 +50,14 @@ def fulfil(
     """Collective: plan on rank 0, then call `make` with the recipes on every rank, until it meets nothing unusable.
 
     A snapshot that turns out to be damaged is left out, as one that is incomplete, and `make` is called again. So is
-    it once when a file has gone: while a job writes, its retention may delete a snapshot between plan and reading.
+    it, a few times, when a file has gone: while a job writes, its retention may delete a snapshot that is being read.
 
     Raises:
         DamagedError: a stored file is not what was written, and the request is strict or there is no way around it.
         ProfileError, RunError, StorageError: as `plan` and `stream`.
     """
     unusable: dict[str, str] = {}
-    planned_again = False
+    num_gone = 0
     while True:
         info, recipes = ranks.on_first(partial(_plan, store, request, unusable))
         failures = [failure for failure in ranks.together(partial(_try, make, info, recipes)) if failure]
@@ -63,11 +66,13 @@ def fulfil(
         damaged = {folder: text for folder, text in failures if folder is not None and folder not in unusable}
         if damaged and not request.strict:
             unusable.update(damaged)
-        elif planned_again or any(failure.folder for failure in failures):
-            worst = max(failures, key=lambda failure: failure.folder is not None)
-            raise (DamagedError if worst.folder else KeyMissingError)(worst.text)
-        else:
-            planned_again = True
+        elif any(failure.folder for failure in failures):
+            raise DamagedError(next(failure.text for failure in failures if failure.folder))
+        elif (num_gone := num_gone + 1) > _MOST_GONE:
+            raise KeyMissingError(
+                f"{failures[0].text} If a job still writes this run, it deletes snapshots faster than they are read: "
+                "wait for its end, give it more max_checkpoints, or read a copy."
+            )
 
 
 def _plan(store: Store, request: Request, unusable: dict[str, str]) -> tuple[RunInfo, list[Recipe]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from phema_dist.errors import SettingsError
 from phema_dist.shard import Box, flat_range_to_boxes, flat_span, intersect
 from phema_dist.storage.manifest import BLOCK_BYTES, PARAMETER
 from phema_dist.storage.snapshot import AVERAGE_DTYPES, DTYPES
@@ -114,6 +115,17 @@ def result_dtype(facts: TensorFacts) -> torch.dtype:
     """Of a synthesized tensor: float32, unless the model's precision is higher; a buffer keeps its own."""
     dtype = DTYPES[facts.dtype]
     return AVERAGE_DTYPES[dtype] if facts.kind == PARAMETER else dtype
+
+
+def cast(values: torch.Tensor, dtype: torch.dtype, fqn: str) -> torch.Tensor:
+    """Values of a tensor in another dtype. Raises SettingsError if it cannot hold them, but for rounding."""
+    found = values.to(dtype)
+    if dtype != values.dtype:
+        back = found.to(values.dtype)
+        rounds = values.is_floating_point() or values.is_complex()
+        if not (torch.equal(back.isfinite(), values.isfinite()) if rounds else torch.equal(back, values)):
+            raise SettingsError(f"{fqn} exceeds the range of {str(dtype)[6:]}; choose a wider dtype, as bfloat16.")
+    return found
 
 
 def cut_tiles(
