@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import xxhash
+from big_run import unsealed
 
 from phema_dist.errors import RunError
+from phema_dist.storage import manifest, snapshot
 from phema_dist.storage.manifest import Attempt, Index, Manifest, RunInfo, ShardFile, TensorFacts, from_json, to_json
 
 FILE = ShardFile("sigma_rel-0.05/rank-00003.safetensors", 0.05, 128, 4096, ("0011", "2233"))
@@ -23,6 +26,67 @@ def test_documents_come_back_equal(document: object) -> None:
     assert from_json(type(document), to_json(document), "there") == document
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_begins_with_the_checksum_of_the_rest(document: object) -> None:
+    text = to_json(document)
+    rest = unsealed(text)
+    assert text == b'{"xxh3":"%s",' % xxhash.xxh3_64_hexdigest(rest).encode() + rest[1:]
+    assert json.loads(rest) == {key: value for key, value in json.loads(text).items() if key != "xxh3"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_of_before_there_were_checksums_is_read(document: object) -> None:
+    assert from_json(type(document), unsealed(to_json(document)), "there") == document
+    spaced = json.dumps(json.loads(unsealed(to_json(document))), indent=1).encode()
+    assert from_json(type(document), spaced, "there") == document
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_byte_of_a_document_can_change(document: object) -> None:
+    text = to_json(document)
+    for position in range(len(text)):
+        for bit in range(8):
+            flipped = bytearray(text)
+            flipped[position] ^= 1 << bit
+            with pytest.raises(RunError, match="there"):
+                from_json(type(document), bytes(flipped), "there")
+
+
+def test_a_checksum_that_differs_is_told_but_a_newer_format_first() -> None:
+    text = to_json(RUN)
+    with pytest.raises(RunError, match=r"there is not the document that was written \(its checksum differs\)"):
+        from_json(RunInfo, text.replace(b'"origin":0', b'"origin":1'), "there")
+    with pytest.raises(RunError, match="its checksum differs"):
+        from_json(RunInfo, json.dumps(json.loads(text)).encode(), "there")  # of the bytes, not of what they mean
+    with pytest.raises(RunError, match="there has format 2"):
+        from_json(RunInfo, text.replace(b'"format":1', b'"format":2'), "there")
+
+
+def test_names_of_dtypes_are_those_that_snapshots_know() -> None:
+    assert set(manifest.DTYPES) == snapshot.DTYPES.keys()
+    assert set(manifest.AVERAGED_DTYPES) == {snapshot.DTYPE_NAMES[dtype] for dtype in snapshot.AVERAGE_DTYPES}
+    assert set(manifest.STORED_DTYPES) == snapshot.HALF_ULP.keys()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            b'"kind":"parameter"',
+            b'"kind":"paramdter"',
+            r"tensors\[w\]\.kind must be one of parameter, buffer, found 'par",
+        ),
+        (b'"dtype":"F32"', b'"dtype":"F31"', r"tensors\[w\]\.dtype must be one of F64, F32, .*, found 'F31'"),
+        (b"[0.05,0.28]", b"[]", "sigma_rels must not be empty"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_also_without_a_checksum(old: bytes, new: bytes, message: str) -> None:
+    text = unsealed(to_json(RUN))
+    assert old in text
+    with pytest.raises(RunError, match=message):
+        from_json(RunInfo, text.replace(old, new), "there")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -35,10 +99,14 @@ def test_documents_come_back_equal(document: object) -> None:
         ({"files": [1]}, r"files\[0\] must have exactly the fields of ShardFile"),
         ({"updates": [[1, 2, 3]]}, r"updates\[0\] must be a list like"),
         ({"surprise": 1}, "surprise"),
+        ({"world_size": 0}, "world_size must be at least 1, found '0'"),
+        ({"block_bytes": 0}, "block_bytes must be at least 1, found '0'"),
+        ({"dtype": "F31"}, "dtype must be one of F64, F32, F16, BF16, found 'F31'"),
+        ({"dtype": "I32"}, "dtype must be one of F64, F32, F16, BF16, found 'I32'"),
     ],
 )
 def test_a_field_that_is_not_what_it_must_be_is_named(change: dict[str, object], message: str) -> None:
-    text = json.dumps({**json.loads(to_json(MANIFEST)), **change}).encode()
+    text = json.dumps({**json.loads(unsealed(to_json(MANIFEST))), **change}).encode()
     with pytest.raises(RunError, match=message):
         from_json(Manifest, text, "there")
 
@@ -50,7 +118,7 @@ def test_what_is_no_document_is_refused(text: bytes) -> None:
 
 
 def test_a_missing_field_is_named() -> None:
-    facts = json.loads(to_json(MANIFEST))
+    facts = json.loads(unsealed(to_json(MANIFEST)))
     del facts["token"]
     with pytest.raises(RunError, match=r"differs in \['token'\]"):
         from_json(Manifest, json.dumps(facts).encode(), "there")
@@ -75,7 +143,7 @@ def test_a_missing_field_is_named() -> None:
 def test_what_is_wrong_deep_inside_is_named_by_its_path(
     path: tuple[str | int, ...], value: object, message: str
 ) -> None:
-    document = [json.loads(to_json(Index(1, (MANIFEST, MANIFEST))))]
+    document = [json.loads(unsealed(to_json(Index(1, (MANIFEST, MANIFEST)))))]
     inside, last = document, 0
     for step in path:
         inside, last = inside[last], step  # type: ignore[index]
@@ -85,12 +153,12 @@ def test_what_is_wrong_deep_inside_is_named_by_its_path(
 
 
 def test_numbers_may_be_written_without_a_fraction() -> None:
-    text = to_json(RUN).replace(b"0.05", b"1")
+    text = unsealed(to_json(RUN)).replace(b"0.05", b"1")
     assert from_json(RunInfo, text, "there").sigma_rels == (1.0, 0.28)
     assert type(from_json(RunInfo, text, "there").sigma_rels[0]) is float
 
 
 def test_an_entry_of_a_table_is_named() -> None:
-    text = to_json(RUN).replace(b'"kind":"parameter"', b'"kind":null')
+    text = unsealed(to_json(RUN)).replace(b'"kind":"parameter"', b'"kind":null')
     with pytest.raises(RunError, match=r"tensors\[w\]\.kind must be str, found 'None'"):
         from_json(RunInfo, text, "there")

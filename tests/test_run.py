@@ -1,10 +1,13 @@
 """A run in storage: opened cheaply by its indexes, and never believed where its manifests or files say otherwise."""
 
 import asyncio
+import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +16,29 @@ import big_run
 import pytest
 import torch
 import torch.distributed as dist
+from big_run import unsealed
 from conftest import Target
 from ranks import run as on_ranks
 from torch import nn
 
 from phema_dist import PostHocEMA
 from phema_dist.cli import main
-from phema_dist.errors import AccessError, KeyMissingError, RunError, SnapshotError, StorageError
-from phema_dist.storage.manifest import Attempt, Index, attempt_key, from_json, to_json
+from phema_dist.errors import AccessError, KeyMissingError, PhemaError, RunError, SnapshotError, StorageError
+from phema_dist.storage.manifest import (
+    RUN_KEY,
+    Attempt,
+    Index,
+    RunInfo,
+    TensorFacts,
+    attempt_key,
+    from_json,
+    to_json,
+)
 from phema_dist.storage.run import (
     Known,
     Run,
     delete_snapshot,
+    find_run,
     load_snapshots,
     open_run,
     start_attempt,
@@ -140,6 +154,12 @@ def test_what_is_known_is_not_read_again_when_an_index_appears(folder: Path) -> 
     assert store.manifests == {FOLDERS[1]}
 
 
+def with_another_checksum(text: bytes) -> bytes:
+    """One byte of what the index says of a shard."""
+    position = text.index(b'"checksums":["') + len(b'"checksums":["')
+    return text[:position] + (b"1" if text[position] == ord("0") else b"0") + text[position + 1 :]
+
+
 def of_another_kind(text: bytes) -> bytes:
     return to_json(Attempt(0, None, 0, NUM_RANKS, "token"))
 
@@ -153,9 +173,10 @@ DAMAGE = {
     "cut": lambda text: text[:-100],
     "noise": lambda text: text[:1000] + b"\xff\x00" + text[1002:],
     "no index": of_another_kind,
+    "another checksum": with_another_checksum,
     "newer": lambda text: text.replace(b'"format":1', b'"format":2', 1),
-    "a field more": lambda text: text.replace(b'"rank":3,', b'"rank":3,"surprise":1,', 1),
-    "another token": lambda text: text.replace(big_run._TOKEN.encode(), b"fedcba9876543210"),
+    "a field more": lambda text: unsealed(text).replace(b'"rank":3,', b'"rank":3,"surprise":1,', 1),
+    "another token": lambda text: unsealed(text).replace(big_run._TOKEN.encode(), b"fedcba9876543210"),
     "one other token": with_manifests(lambda m: (*m[:-1], replace(m[-1], token="other"))),  # noqa: S106
     "another attempt": with_manifests(lambda m: (replace(x, attempt=1) for x in m)),
     "another t": with_manifests(lambda m: (replace(x, t=2000) for x in m)),
@@ -211,7 +232,7 @@ def test_manifests_of_another_job_or_without_files_are_named_by_everyone(folder:
     without_index(folder)
     for n, (old, new) in enumerate([(big_run._TOKEN, "fedcba9876543210"), ('"refused":null', '"refused":"nan"')]):
         path = folder / FOLDERS[n] / "rank-00004-of-00024.json"
-        path.write_text(path.read_text().replace(old, new))
+        path.write_bytes(unsealed(path.read_bytes()).replace(old.encode(), new.encode()))
     wrong = {
         FOLDERS[0]: "the manifest of rank 4 was written by another job",
         FOLDERS[1]: "rank 4 had nothing to give: nan",
@@ -239,15 +260,121 @@ def test_some_snapshots_are_read_without_a_listing(folder: Path) -> None:
         load_snapshots(store, wanted)
 
 
-def test_a_snapshot_deleted_while_a_run_is_opened_is_not_in_it(folder: Path) -> None:
+@pytest.mark.parametrize("look", [open_run, find_run])
+def test_a_snapshot_deleted_while_a_run_is_opened_is_not_in_it(look: Callable[[Any], Run], folder: Path) -> None:
     class Deleting(Watched):
         def get_many(self, keys: Iterable[str], *, absent_ok: bool = False) -> dict[str, bytes]:
             if not self.keys:
                 delete_snapshot(self._store, FOLDERS[2])
             return super().get_many(keys, absent_ok=absent_ok)
 
-    found = open_run(Deleting(open_store(folder)))
+    found = look(Deleting(open_store(folder)))
     assert [s.folder for s in found.snapshots] == [*FOLDERS[:2], *FOLDERS[3:]]
+
+
+def test_where_there_is_no_run_none_is_found(tmp_path: Path) -> None:
+    assert find_run(open_store(tmp_path)) is None
+    with pytest.raises(RunError, match=r"must hold a run of phema-dist; there is no run\.json in it"):
+        open_run(open_store(tmp_path))
+
+
+def test_a_run_is_opened_without_torch(made: Path) -> None:
+    code = (
+        "import sys; from phema_dist.storage.run import open_run; from phema_dist.storage.store import open_store; "
+        "assert open_run(open_store(sys.argv[1])).complete; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(made)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# Damaged documents.
+
+
+class Kept:
+    """A run in memory, to be damaged."""
+
+    url = "kept"
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+
+    def describe(self, key: str) -> str:
+        return f"{self.url}/{key}"
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        return {key: len(data) for key, data in sorted(self.files.items()) if key.startswith(prefix)}
+
+    def get_many(self, keys: Iterable[str], *, absent_ok: bool = False) -> dict[str, bytes]:
+        return {key: self.files[key] for key in keys if key in self.files or not absent_ok}
+
+
+def kept(*, sealed: bool = True) -> Any:
+    """Two ranks, two attempts; the first snapshot has an index, the third was abandoned."""
+    files = dict(big_run.files(2, 3))
+    del files[f"{FOLDERS[1]}/index.json"]
+    info = from_json(RunInfo, files[RUN_KEY], "")
+    tensors = info.tensors | {"n": TensorFacts((), "I64", "buffer")}
+    files[RUN_KEY] = to_json(replace(info, tensors=tensors, aliases={"v": "w"}))
+    files[attempt_key(1)] = to_json(Attempt(1, 0, 2000, 2, "token"))
+    if not sealed:
+        files |= {key: unsealed(data) for key, data in files.items() if key.endswith(".json")}
+    return Kept(files)
+
+
+INDEX = f"{FOLDERS[0]}/index.json"
+LISTED = [RUN_KEY, attempt_key(0), attempt_key(1)]
+UNLISTED = [f"{FOLDERS[1]}/rank-00000-of-00002.json", f"{FOLDERS[1]}/rank-00001-of-00002.json"]
+
+
+def flipped(store: Any, key: str) -> Iterator[Any]:
+    """The run with one byte of a document changed, each in its turn."""
+    data = store.files[key]
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        yield Kept({**store.files, key: bytes(damaged)})
+
+
+def facts_of(run: Run) -> Any:
+    return run.info, run.attempts, run.snapshots, run.abandoned, run.pins, run.indexed
+
+
+@pytest.mark.parametrize("key", LISTED)
+def test_a_byte_that_changed_in_what_a_run_stands_on_is_an_error(key: str) -> None:
+    for damaged in flipped(kept(), key):
+        with pytest.raises(RunError, match=f"kept/{key} "):
+            open_run(damaged)
+
+
+def test_a_byte_that_changed_in_an_index_changes_nothing() -> None:
+    store = kept()
+    whole = open_run(store)
+    assert ([s.t for s in whole.complete], [s.t for s in whole.abandoned]) == ([1000, 2000], [3000])
+    assert all(facts_of(open_run(damaged)) == facts_of(whole) for damaged in flipped(store, INDEX))
+
+
+@pytest.mark.parametrize("key", UNLISTED)
+def test_a_byte_that_changed_in_a_manifest_costs_its_snapshot(key: str) -> None:
+    store = kept()
+    whole = open_run(store)
+    for damaged in flipped(store, key):
+        found = open_run(damaged)
+        assert f"kept/{key} " in (found.snapshots[1].problem or "")
+        assert found.complete == whole.complete[:1]
+        assert facts_of(replace(found, snapshots=whole.snapshots)) == facts_of(whole)
+    assert key in plan(found, [0.15])[0].certificate.left_out[0]
+
+
+@pytest.mark.parametrize("key", [*LISTED, *UNLISTED, INDEX])
+def test_a_byte_that_changed_where_there_is_no_checksum_is_at_worst_an_error_of_ours(key: str) -> None:
+    store, num_opened = kept(sealed=False), 0
+    assert [s.manifests for s in open_run(store).complete] == [s.manifests for s in open_run(kept()).complete]
+    for damaged in flipped(store, key):
+        with contextlib.suppress(PhemaError):
+            run = open_run(damaged)
+            num_opened += 1
+            plan(run, [0.15])
+    assert num_opened
 
 
 def test_phema_ls_stays_readable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

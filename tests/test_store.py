@@ -220,6 +220,8 @@ def test_a_url_keeps_its_slashes_and_loses_its_credentials() -> None:
         ("nonsense://bucket/run", "Protocol not known: nonsense"),
         ("simplecache::s3://bucket/run", "chained URL"),
         (Path("s3://bucket/run"), "lost a slash"),
+        ("s3://", "must name a bucket"),
+        ("s3:///run", "must name a bucket"),
     ],
 )
 def test_a_url_that_cannot_work_says_so(url: str | Path, says: str) -> None:
@@ -230,7 +232,7 @@ def test_a_url_that_cannot_work_says_so(url: str | Path, says: str) -> None:
 def test_without_s3fs_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(SettingsError, match=re.escape('pip install "phema-dist[s3]"')):
+    with pytest.raises(SettingsError, match=re.escape("install phema-dist with its extra [s3]")):
         open_store("s3://bucket/run")
 
 

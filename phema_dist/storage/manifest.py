@@ -5,6 +5,9 @@
     snapshots/000000001000-a0/rank-…json      Manifest: one rank's part of a snapshot; written last, it makes it exist
     snapshots/000000001000-a0/index.json      Index: all of these in one, later, so that a big run opens quickly
 
+Each document begins with a checksum of its own bytes, as `{"xxh3":"<16 hex digits>",` in front of its first field: the
+xxh3-64 of the document as it would be without. One without it was written before there were any, and is read too.
+
 Where the tensors lie in a shard file stands in that file's own safetensors header, and nowhere else; the manifest
 holds the header's checksum. Equal headers, and all snapshots of one attempt have equal ones, are read once.
 """
@@ -16,7 +19,9 @@ import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache, partial
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import xxhash
 
 from phema_dist.errors import RunError
 
@@ -24,10 +29,37 @@ FORMAT = 1
 RUN_KEY = "run.json"
 INDEX_NAME = "index.json"  # inside the snapshot
 PARAMETER, BUFFER = "parameter", "buffer"  # kinds of tensors: averaged, or copied
+# Dtypes by the names of safetensors, and those of them that averages are made of and stored in. storage.snapshot knows
+# what they are in torch; here they are names, because a table of contents is read without torch.
+DTYPES = (
+    "F64", "F32", "F16", "BF16", "C64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL",
+    "F8_E4M3", "F8_E5M2",
+)  # fmt: skip
+AVERAGED_DTYPES = ("F64", "F32", "F16", "BF16", "C64")
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 BLOCK_BYTES = 4 << 20  # of a checksum: small enough for a ranged read, large enough that manifests stay small
 
 T = TypeVar("T")
 _EXACT = 2**53  # integers below are floats too
+_SEAL, _SEAL_END = b'{"xxh3":"', b'",'  # around the checksum of a document
+
+
+class _Rule(NamedTuple):
+    """What a value of a field must be beyond its type."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _one_of(*names: str) -> _Rule:
+    return _Rule(f"be one of {', '.join(names)}", names.__contains__)
+
+
+_Positive = Annotated[int, _Rule("be at least 1", bool)]
+_SigmaRels = Annotated[tuple[float, ...], _Rule("not be empty", bool)]
+_Kind = Annotated[str, _one_of(PARAMETER, BUFFER)]
+_Dtype = Annotated[str, _one_of(*DTYPES)]
+_StoredDtype = Annotated[str, _one_of(*STORED_DTYPES)]
 
 
 @dataclass(frozen=True)
@@ -35,8 +67,8 @@ class TensorFacts:
     """A tensor of the run: shape, dtype in the model (a name of safetensors), PARAMETER or BUFFER."""
 
     shape: tuple[int, ...]
-    dtype: str
-    kind: str
+    dtype: _Dtype
+    kind: _Kind
 
 
 @dataclass(frozen=True)
@@ -45,7 +77,7 @@ class RunInfo:
 
     format: int
     library: str
-    sigma_rels: tuple[float, ...]
+    sigma_rels: _SigmaRels
     t_unit: str
     origin: int
     only_save_diff: bool
@@ -60,7 +92,7 @@ class Attempt:
     number: int
     parent: int | None
     t: int
-    world_size: int
+    world_size: _Positive
     token: str  # random; manifests repeat it, so files of two jobs never count as one snapshot
 
 
@@ -92,11 +124,11 @@ class Manifest:
     attempt: int
     token: str
     rank: int
-    world_size: int
+    world_size: _Positive
     calls: int
     updates: tuple[tuple[int, int], ...]
-    dtype: str  # of float32 averages as they are stored here
-    block_bytes: int
+    dtype: _StoredDtype  # of float32 averages as they are stored here
+    block_bytes: _Positive
     files: tuple[ShardFile, ...]
     refused: str | None = None
 
@@ -133,15 +165,16 @@ def shard_name(sigma_rel: float, rank: int, number: int = 0) -> str:
 
 
 def to_json(facts: object) -> bytes:
-    """Encode a document of this module."""
-    return json.dumps(asdict(facts), separators=(",", ":"), allow_nan=False).encode()  # type: ignore[call-overload]
+    """Encode a document of this module, with its checksum."""
+    text = json.dumps(asdict(facts), separators=(",", ":"), allow_nan=False).encode()  # type: ignore[call-overload]
+    return _SEAL + _digest(text) + _SEAL_END + text[1:]
 
 
 def from_json(kind: type[T], text: bytes, where: str) -> T:
     """Decode a document strictly: every field, of its type, and nothing else.
 
     Raises:
-        RunError: it is not such a document, or one of a newer format; names `where` and the field.
+        RunError: it is no such document, or not as it was written, or of a newer format; names `where` and the field.
     """
     try:
         value = json.loads(text)
@@ -149,11 +182,20 @@ def from_json(kind: type[T], text: bytes, where: str) -> T:
         raise RunError(f"{where} must be JSON; it is damaged: {error}") from error
     if isinstance(value, dict) and isinstance(found := value.get("format"), int) and found > FORMAT:
         raise RunError(f"{where} has format {found}; this phema-dist reads formats up to {FORMAT}. Upgrade phema-dist.")
+    if isinstance(value, dict) and "xxh3" in value:
+        del value["xxh3"]
+        seal, _, rest = text.partition(_SEAL_END)
+        if seal != _SEAL + _digest(b"{" + rest):
+            raise RunError(f"{where} is not the document that was written (its checksum differs).")
     try:
         return _decoder(kind)(value)  # type: ignore[arg-type, no-any-return]
     except _MisfitError as error:
         problem = f"{error.field.lstrip('.') or 'it'} {error}"
         raise RunError(f"{where} is not a {kind.__name__} of format {FORMAT}: {problem}") from error
+
+
+def _digest(text: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(text).encode()
 
 
 class _MisfitError(Exception):
@@ -170,17 +212,26 @@ class _MisfitError(Exception):
 def _decoder(kind: Any) -> Callable[[Any], Any]:
     """Return the function that turns parsed JSON into a `kind`, or raises _MisfitError."""
     origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return partial(_ruled, _decoder(args[0]), args[1])
     if origin in {Union, types.UnionType}:
         return partial(_optional, _decoder(args[0]))
-    if origin is tuple and args[-1] is ...:
-        return partial(_list, kind, _decoder(args[0]))
     if origin is tuple:
-        return partial(_row, kind, tuple(map(_decoder, args)))
+        is_list = args[-1] is ...
+        return partial(_list, kind, _decoder(args[0])) if is_list else partial(_row, kind, tuple(map(_decoder, args)))
     if origin is dict:
         return partial(_object, _decoder(args[1]))
     if is_dataclass(kind):
-        return partial(_facts, kind, {name: _decoder(hint) for name, hint in get_type_hints(kind).items()})
+        hints = get_type_hints(kind, include_extras=True)
+        return partial(_facts, kind, {name: _decoder(hint) for name, hint in hints.items()})
     return {float: _float, int: _count}.get(kind) or partial(_plain, kind)
+
+
+def _ruled(decode: Callable[[Any], Any], rule: _Rule, value: Any) -> Any:
+    decoded = decode(value)
+    if not rule.holds(decoded):
+        raise _MisfitError(f"must {rule.words}, found {str(value)[:40]!r}")
+    return decoded
 
 
 def _optional(decode: Callable[[Any], Any], value: Any) -> Any:

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 
 from phema_dist.errors import KeyExistsError, KeyMissingError, RunError, SnapshotError
 from phema_dist.storage.manifest import (
+    AVERAGED_DTYPES,
     FORMAT,
     INDEX_NAME,
+    PARAMETER,
     RUN_KEY,
     Attempt,
     Index,
@@ -117,6 +119,14 @@ def open_run(store: Store, known: Known | None = None) -> Run:
     Raises:
         RunError: there is no run, or it cannot be read; names the place.
     """
+    run = find_run(store, known)
+    if run is None:
+        raise RunError(f"{store.url} must hold a run of phema-dist; there is no {RUN_KEY} in it.")
+    return run
+
+
+def find_run(store: Store, known: Known | None = None) -> Run | None:
+    """The same, or None if there is none."""
     known = {} if known is None else known
     try:
         return _read_run(store, store.list(), known)
@@ -135,8 +145,8 @@ def load_snapshots(store: Store, folders: Iterable[str]) -> dict[str, Snapshot]:
     """
     wanted = {folder: _t_and_attempt(folder) for folder in folders}
     records = store.get_many({attempt_key(number) for _, number in wanted.values()})
-    attempts = {key: from_json(Attempt, text, store.describe(key)) for key, text in records.items()}
-    whole = {folder: attempts[attempt_key(number)] for folder, (_, number) in wanted.items()}
+    attempts = {attempt.number: attempt for attempt in _parse_attempts(store, records)}
+    whole = {folder: attempts[number] for folder, (_, number) in wanted.items()}
     indexes = store.get_many((f"{folder}/{INDEX_NAME}" for folder in whole), absent_ok=True)
     snapshots = {}
     for folder, manifests in _read_manifests(store, whole, indexes, {}).items():
@@ -150,15 +160,9 @@ def load_snapshots(store: Store, folders: Iterable[str]) -> dict[str, Snapshot]:
 def read_info(store: Store) -> RunInfo:
     """What is fixed for a run. Raises RunError if there is none."""
     try:
-        return from_json(RunInfo, store.get(RUN_KEY), store.describe(RUN_KEY))
+        return _parse_info(store, store.get(RUN_KEY))
     except KeyMissingError as error:
         raise RunError(f"{store.url} must hold a run of phema-dist; there is no {RUN_KEY} in it.") from error
-
-
-def find_run(store: Store) -> Run | None:
-    """The run in a store, or None if there is none."""
-    listing = store.list()
-    return _read_run(store, listing, {}) if RUN_KEY in listing else None
 
 
 def create_run(store: Store, info: RunInfo) -> None:
@@ -203,9 +207,9 @@ def delete_snapshot(store: Store, folder: str) -> None:
     store.delete(keys - documents - index)
 
 
-def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run:
+def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run | None:
     if RUN_KEY not in listing:
-        raise RunError(f"{store.url} must hold a run of phema-dist; there is no {RUN_KEY} in it.")
+        return None
     files = _files_by_folder(listing)
     indexed = frozenset(folder for folder, sizes in files.items() if sizes.pop(INDEX_NAME, None) is not None)
     for folder in [folder for folder in known if known[folder][0] != files.get(folder)]:
@@ -214,8 +218,8 @@ def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run:
     others = [key for key in listing if not key.startswith("snapshots/")]
     numbers = [key for key in others if _ATTEMPT.fullmatch(key)]
     texts = store.get_many([RUN_KEY, *numbers, *(f"{folder}/{INDEX_NAME}" for folder in new & indexed)])
-    info = from_json(RunInfo, texts[RUN_KEY], store.describe(RUN_KEY))
-    attempts = [from_json(Attempt, texts[key], store.describe(key)) for key in numbers]
+    info = _parse_info(store, texts[RUN_KEY])
+    attempts = _parse_attempts(store, {key: texts[key] for key in numbers})
     by_number = {attempt.number: attempt for attempt in attempts}
     known |= _read_snapshots(store, {folder: files[folder] for folder in new}, texts, by_number)
     found = sorted((snapshot for _, snapshot in known.values()), key=lambda s: (s.t, s.attempt))
@@ -229,6 +233,25 @@ def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run:
         frozenset(int(match[1]) for key in others if (match := _PIN.fullmatch(key))),
         indexed,
     )
+
+
+def _parse_info(store: Store, text: bytes) -> RunInfo:
+    info, where = from_json(RunInfo, text, store.describe(RUN_KEY)), store.describe(RUN_KEY)
+    for fqn, facts in info.tensors.items():
+        if facts.kind == PARAMETER and facts.dtype not in AVERAGED_DTYPES:
+            raise RunError(f"{where}: {fqn} is a parameter of dtype {facts.dtype}, which cannot be averaged.")
+    for alias, fqn in info.aliases.items():
+        if fqn not in info.tensors:
+            raise RunError(f"{where}: {alias} is to be the same as {fqn}, which is no tensor of the run.")
+    return info
+
+
+def _parse_attempts(store: Store, texts: Mapping[str, bytes]) -> list[Attempt]:
+    attempts = {key: from_json(Attempt, text, store.describe(key)) for key, text in texts.items()}
+    for key, attempt in attempts.items():
+        if attempt_key(attempt.number) != key:
+            raise RunError(f"{store.describe(key)} is the record of another attempt, {attempt.number}.")
+    return list(attempts.values())
 
 
 def _files_by_folder(listing: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -318,6 +341,10 @@ def _check_manifests(
         if manifest.refused is not None:
             raise SnapshotError(f"rank {rank} had nothing to give: {manifest.refused}")
         for file in manifest.files:
+            num_blocks = -(-file.data_bytes // manifests[0].block_bytes)
+            if len(file.checksums) != 1 + num_blocks:
+                num_checksums = f"{len(file.checksums)} checksums instead of {1 + num_blocks}"
+                raise SnapshotError(f"{file.name} of rank {rank} has {num_checksums}")
             expected = file.header_bytes + file.data_bytes
             found = expected if sizes is None else sizes.get(file.name)
             if found != expected:
