@@ -654,9 +654,9 @@ def test_who_writes_into_a_folder_waits_for_who_does(
 
 def test_names_that_no_file_can_have_are_refused(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.safetensors"
-    one = ["synthesize", run, "--sigma-rel", 0.1, "--out", out, "--keys", "scale", "--strip-prefix", "scale"]
+    one = ["synthesize", run, "--sigma-rel", 0.05, "--out", out, "--keys", "scale", "--strip-prefix", "scale"]
     assert "no tensor may be named ''" in refusal(*one)
     assert "no tensor may be named '__metadata__'" in refusal(*one, "--prefix", "__metadata__")
     out.mkdir()
-    said = refusal("synthesize", run, "--sigma-rel", 0.1, "--out", tmp_path, "--force")
+    said = refusal("synthesize", run, "--sigma-rel", 0.05, "--out", tmp_path, "--force")
     assert "must be a file, and is a folder" in said
