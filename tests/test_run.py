@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from phema_dist.storage.manifest import (
     RUN_KEY,
     Attempt,
     Index,
+    Manifest,
     RunInfo,
     TensorFacts,
     attempt_key,
@@ -339,6 +341,38 @@ def facts_of(run: Run) -> Any:
     return run.info, run.attempts, run.snapshots, run.abandoned, run.pins, run.indexed
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new", "message"),
+    [
+        (
+            RUN_KEY,
+            b'"I64","kind":"buffer"',
+            b'"I64","kind":"parameter"',
+            "n is a parameter of dtype I64, which cannot be",
+        ),
+        (RUN_KEY, b'{"v":"w"}', b'{"v":"u"}', "v is to be the same as u, which is no tensor of the run"),
+        (attempt_key(1), b'"number":1', b'"number":0', "is the record of another attempt, 0"),
+    ],
+)
+def test_facts_that_do_not_fit_each_other_are_named_also_without_a_checksum(
+    key: str, old: bytes, new: bytes, message: str
+) -> None:
+    store = kept(sealed=False)
+    assert old in store.files[key]
+    store.files[key] = store.files[key].replace(old, new)
+    with pytest.raises(RunError, match=f"kept/{key}.* {message}"):
+        open_run(store)
+
+
+def test_a_manifest_with_too_few_checksums_is_of_no_snapshot() -> None:
+    store, key = kept(), UNLISTED[1]
+    manifest = from_json(Manifest, store.files[key], "")
+    file = replace(manifest.files[0], checksums=manifest.files[0].checksums[:-1])
+    store.files[key] = to_json(replace(manifest, files=(file, *manifest.files[1:])))
+    problem = "sigma_rel-0.05/rank-00001.safetensors of rank 1 has 1 checksums instead of 2"
+    assert [s.problem for s in open_run(store).snapshots] == [None, problem]
+
+
 @pytest.mark.parametrize("key", LISTED)
 def test_a_byte_that_changed_in_what_a_run_stands_on_is_an_error(key: str) -> None:
     for damaged in flipped(kept(), key):
@@ -362,14 +396,14 @@ def test_a_byte_that_changed_in_a_manifest_costs_its_snapshot(key: str) -> None:
         assert f"kept/{key} " in (found.snapshots[1].problem or "")
         assert found.complete == whole.complete[:1]
         assert facts_of(replace(found, snapshots=whole.snapshots)) == facts_of(whole)
-    assert key in plan(found, [0.15])[0].certificate.left_out[0]
+    assert plan(found, [0.15])[0].t == 1000
 
 
 @pytest.mark.parametrize("key", [*LISTED, *UNLISTED, INDEX])
 def test_a_byte_that_changed_where_there_is_no_checksum_is_at_worst_an_error_of_ours(key: str) -> None:
     store, num_opened = kept(sealed=False), 0
     assert [s.manifests for s in open_run(store).complete] == [s.manifests for s in open_run(kept()).complete]
-    for damaged in flipped(store, key):
+    for damaged in islice(flipped(store, key), 0, None, 1 if key in LISTED else 7):
         with contextlib.suppress(PhemaError):
             run = open_run(damaged)
             num_opened += 1

@@ -126,7 +126,7 @@ def open_run(store: Store, known: Known | None = None) -> Run:
 
 
 def find_run(store: Store, known: Known | None = None) -> Run | None:
-    """The same, or None if there is none."""
+    """The run in a store, as open_run reads it, or None if there is none."""
     known = {} if known is None else known
     try:
         return _read_run(store, store.list(), known)
@@ -343,8 +343,8 @@ def _check_manifests(
         for file in manifest.files:
             num_blocks = -(-file.data_bytes // manifests[0].block_bytes)
             if len(file.checksums) != 1 + num_blocks:
-                num_checksums = f"{len(file.checksums)} checksums instead of {1 + num_blocks}"
-                raise SnapshotError(f"{file.name} of rank {rank} has {num_checksums}")
+                state = f"has {len(file.checksums)} checksums instead of {1 + num_blocks}"
+                raise SnapshotError(f"{file.name} of rank {rank} {state}")
             expected = file.header_bytes + file.data_bytes
             found = expected if sizes is None else sizes.get(file.name)
             if found != expected:

@@ -212,7 +212,8 @@ class _Names(dict[str, STORAGE_TYPES]):
 
     def __init__(self, where: str) -> None:
         super().__init__()
-        self._where: str | None = where
+        others = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+        self._where = None if others else where  # rank 0 says it for all
 
     def __contains__(self, name: object) -> bool:
         found = super().__contains__(name)
