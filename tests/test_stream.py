@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +25,9 @@ from phema_dist.storage import snapshot as snapshots
 from phema_dist.storage.manifest import FORMAT, Manifest, RunInfo, TensorFacts, shard_name
 from phema_dist.storage.snapshot import DTYPE_NAMES, Image, write_snapshot
 from phema_dist.storage.store import LocalStore, open_store
+from phema_dist.synthesis import sizes, tiles
 from phema_dist.synthesis import stream as streams
-from phema_dist.synthesis import tiles
+from phema_dist.synthesis.reading import Blocks
 from phema_dist.synthesis.recipe import Recipe, plan
 from phema_dist.synthesis.stream import num_bytes, stream
 from phema_dist.target import Explicit, Power, UniformTail
@@ -187,8 +188,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(snapshots, "BLOCK_BYTES", 64)
     monkeypatch.setattr(tiles, "TILE_BYTES", 64)
     monkeypatch.setattr(tiles, "SPAN_BYTES", 32)
-    monkeypatch.setattr(streams, "_STRIP_BYTES", 32)
-    monkeypatch.setattr(streams, "_RANGE_BYTES", 128)
+    monkeypatch.setattr(sizes, "_STRIP_BYTES", 32)
+    monkeypatch.setattr(sizes, "_RANGE_BYTES", 128)
     return 64
 
 
@@ -254,11 +255,93 @@ def test_blocks_for_which_there_is_no_room_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[tuple[str, int, int]]
 ) -> None:
     run, values = write_run(tmp_path / "run", [(10 * (i + 1), owned) for i, owned in enumerate(ELASTIC)])
-    original = streams._fit
-    monkeypatch.setattr(streams, "_fit", lambda *args: replace(original(*args), kept_bytes=0))
+    original = streams.divide
+    monkeypatch.setattr(streams, "divide", lambda *args: replace(original(*args), blocks_bytes=0))
     (state,) = made(run, [0.1])
     assert all(torch.equal(state[name], x) for name, x in dense(run, values, 0.1).items())
     assert data_bytes(run, reads) > num_bytes(plan(run, [0.1]))
+
+
+@pytest.fixture
+def blocks_peak(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """After each block that is read: how many bytes of blocks there are, and how many there may be."""
+    found = []
+    original = Blocks._take
+
+    def watched(self: Blocks, num_bytes: int) -> torch.Tensor:
+        data = original(self, num_bytes)
+        found.append((self._num_bytes, self._room))
+        return data
+
+    monkeypatch.setattr(Blocks, "_take", watched)
+    return found
+
+
+CHANGES = {
+    "rows to rows": [(by_rows, 2)] * 3 + [(by_rows, 3)] * 3,
+    "rows to columns": [(by_rows, 2)] * 3 + [(by_columns, 3)] * 3,
+    "a part, sharded alike": [(by_rows, 2)] * 6,
+}
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_blocks_are_read_once_where_memory_allows_and_else_a_warning_tells_how_often(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    reads: list[tuple[str, int, int]],
+    blocks_peak: list[tuple[int, int]],
+    change: str,
+    *,
+    remote: bool,
+) -> None:
+    monkeypatch.setattr(sizes, "_LEAST_STRIP_BYTES", 16)
+    monkeypatch.setitem(SHAPES, "a", (60, 30))
+    layouts = [cut(num_ranks) for cut, num_ranks in CHANGES[change]]
+    run, values = write_run(tmp_path / "run", [(10 * (i + 1), owned) for i, owned in enumerate(layouts)])
+    run.store.read_concurrency = 3
+    if remote:
+        run = replace(run, store=Remote(run.store))
+    recipes = plan(run, [0.1])
+    wanted = {"a": [Box((0, 3), (60, 9))]} if change == "a part, sharded alike" else None
+
+    def measured(memory_bytes: int) -> tuple[int, list[float]]:
+        """The bytes that were read, and what a warning told: how many times that is, and what would be enough."""
+        reads.clear()
+        caplog.clear()
+        (state,) = streamed(run, recipes, wanted=wanted, memory_bytes=memory_bytes)
+        for name, x in dense(run, values, 0.1).items() if wanted is None else ():
+            assert torch.equal(state[name], x)
+        for name, (box,) in (wanted or {}).items():
+            inside = box.relative_to(whole(SHAPES[name]))
+            assert torch.equal(state[name][inside], dense(run, values, 0.1)[name][inside])
+        told = [float(x) for m in caplog.messages for x in re.findall(r"about ([\d.]+) .*=(\d+) would", m)[0]]
+        return data_bytes(run, reads), told
+
+    once, told = measured(1 << 30)
+    assert not told
+    if wanted is None:
+        assert once == num_bytes(recipes)
+    with pytest.raises(SettingsError) as caught:
+        measured(0)
+    (least,) = re.findall(r"at least (\d+)", str(caught.value))
+    factors = []
+    memory = int(least)
+    while (found := measured(memory))[1]:
+        read, (times, enough) = found
+        factors.append(read / once)
+        assert len(caplog.messages) == 1
+        assert 0.7 < times / factors[-1] < 1.8  # at so few strips it is rough
+        assert enough > memory
+        memory = round(memory * 1.3)
+    assert factors
+    assert max(factors) < 6
+    assert all(more < 1.15 * less for less, more in pairwise(factors)), factors
+    assert found == (once, [])
+    assert measured(int(enough)) == (once, [])
+    assert all(num_bytes <= room for num_bytes, room in blocks_peak)
 
 
 class Remote:
@@ -344,6 +427,76 @@ def test_memory_is_bounded_for_a_model_ten_times_larger(
     slack = 10 << 20  # what Python and threads take
     assert all(peak < (80 << 20) + slack for peak in peaks), peaks
     assert 4 * sum(math.prod(shape) for shape in SHAPES.values()) * 4 > 2 * (100 << 20)  # it would not fit
+
+
+PASSES = (
+    PEAK[: PEAK.index("before =")]
+    + """
+from phema_dist.shard import Box
+
+run.store.read_concurrency = 4
+stream(run.store, run.info, recipes, lambda *_: None, wanted={})
+before = resident("VmRSS:")
+for part in range(12):
+    num_rows = 1400 * (1 + part % 4)
+    boxes = {"a": [Box((min(1500 * part, 18000 - num_rows), 0), (num_rows, 1000))]}
+    stream(run.store, run.info, recipes, lambda *_: None, wanted=boxes, memory_bytes=int(sys.argv[3]))
+print(resident("VmHWM:") - before)
+"""
+)
+
+
+@pytest.mark.parametrize("num_targets", [2, 8])
+def test_memory_is_bounded_over_many_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_targets: int) -> None:
+    monkeypatch.setitem(SHAPES, "a", (18000, 1000))
+    write_run(tmp_path / "run", [(10 * (i + 1), by_rows(2 + i // 2)) for i in range(4)])
+    command = [sys.executable, "-c", PASSES, str(tmp_path / "run"), str(num_targets), str(64 << 20)]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert peak < (64 << 20) + (20 << 20), peak
+
+
+def test_streams_that_overlap_leave_torch_its_threads(tmp_path: Path) -> None:
+    run, _ = write_run(tmp_path / "run", [(10, by_rows(1)), (20, by_rows(1))])
+    both, first_is_done = threading.Event(), threading.Event()
+    found = []
+
+    def first() -> None:
+        stream(run.store, run.info, plan(run, [0.1]), lambda *_: both.wait(30) or None)
+        first_is_done.set()
+        found.append(torch.get_num_threads())
+
+    def second() -> None:
+        def sink(*_: object) -> None:
+            both.set()
+            first_is_done.wait(30)
+
+        stream(run.store, run.info, plan(run, [0.1]), sink)
+        found.append(torch.get_num_threads())
+
+    def later() -> None:
+        found.append(torch.get_num_threads())
+
+    def started(work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        jobs = [started(first)]
+        while torch.get_num_threads() == 3 and not streams._saved:
+            time.sleep(0.01)
+        time.sleep(0.1)  # until the first has its readers
+        jobs.append(started(second))
+        for job in jobs:
+            job.join()
+        started(later).join()
+        assert found == [3, 3, 3]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert not streams._saved
 
 
 def test_a_flipped_byte_is_told_with_its_file_rank_and_tensors(tmp_path: Path) -> None:

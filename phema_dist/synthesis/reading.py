@@ -6,8 +6,9 @@ whatever else is wanted comes out of whole blocks.
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Lock
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from phema_dist.storage.store import Store
 
 Progress = Callable[[int], object]  # told the number of bytes read, now and then
+Uses = Mapping[tuple[int, int], Sequence[int]]  # the strips that need a block: (file, block) -> numbers, ascending
+_Key = tuple[int, int, int]  # source, file, block
 _TENSORS_NAMED = 4
 
 
@@ -152,26 +155,36 @@ def check(store: Store, source: Source, index: int, block: int, digest: str) -> 
     )
 
 
+def private_memory(num_bytes: int) -> torch.Tensor:
+    """Bytes that go back to the system with the tensor; malloc would keep them for a thread that is gone."""
+    pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:num_bytes]
+
+
 class Blocks:
     """Whole verified blocks, read once for all that need them, and kept in between as far as there is room.
 
-    `uses` says how many times `fetch` will be called for each block (of a source's file).
+    `uses` says which strips will fetch each block (of a source's file). Where room is short that block is forgotten
+    which is needed last.
     """
 
-    def __init__(self, store: Store, room_bytes: int, uses: Callable[[Source], Counter[tuple[int, int]]]) -> None:
+    def __init__(self, store: Store, room_bytes: int, uses: Callable[[Source], Uses]) -> None:
         self._store, self._room, self._uses = store, room_bytes, uses
         self._lock = Lock()
-        self._held: dict[tuple[int, int, int], Future[torch.Tensor]] = {}
-        self._users: Counter[tuple[int, int, int]] = Counter()  # that have fetched it and not released it
-        self._left: dict[tuple[int, int, int], int] = {}  # uses to come
+        self._held: dict[_Key, Future[torch.Tensor]] = {}
+        self._users: Counter[_Key] = Counter()  # that have fetched it and not released it
+        self._fetched: Counter[_Key] = Counter()  # how many times
+        self._idle: dict[_Key, int] = {}  # held without users: the strip that needs it next
         self._spare: list[torch.Tensor] = []  # memory to use again: fresh pages cost more than what is read into them
+        self._num_bytes = 0  # of all that is held, and spare
 
     def fetch(self, source: Source, index: int, block: int, progress: Progress | None) -> torch.Tensor:
         """A block's bytes; call `release` when they are not needed any more."""
         key = (id(source), index, block)
         with self._lock:
             self._users[key] += 1
-            self._left[key] = self._left.get(key, self._uses(source)[index, block]) - 1
+            self._fetched[key] += 1
+            self._idle.pop(key, None)
             future = self._held.get(key)
             mine = future is None
             if future is None:
@@ -187,30 +200,43 @@ class Blocks:
         return future.result()
 
     def release(self, source: Source, index: int, block: int) -> None:
-        """End one use: forget the block if it was the last, or there is no room to keep it."""
+        """End one use: forget the block if it was the last."""
         key = (id(source), index, block)
         with self._lock:
             self._users[key] -= 1
-            if self._users[key] == 0:
-                del self._users[key]
-                kept = sum(1 for held in self._held if held not in self._users) * source.block_bytes
-                if self._left[key] <= 0 or kept > self._room:
-                    data = self._held.pop(key).result()
-                    if len(data) == source.block_bytes:
-                        self._spare.append(data)
-                if self._left[key] <= 0:
-                    del self._left[key]
+            if self._users[key]:
+                return
+            del self._users[key]
+            strips = self._uses(source)[index, block]
+            if self._fetched[key] < len(strips):
+                self._idle[key] = strips[self._fetched[key]]
+            else:
+                del self._fetched[key]
+                self._spare.append(self._held.pop(key).result())
 
     def _read(self, source: Source, index: int, block: int) -> torch.Tensor:
         file, first = source.files[index], block * source.block_bytes
         num_bytes = min(source.block_bytes, file.data_bytes - first)
         with self._lock:
-            fits = bool(self._spare) and len(self._spare[-1]) == num_bytes
-            data = self._spare.pop() if fits else torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+            data = self._take(num_bytes)
         view = data.numpy().data
         read_whole(self._store, source.snapshot, file, file.header_bytes + first, view)
         check(self._store, source, index, block, xxhash.xxh3_64_hexdigest(view))
         return data
+
+    def _take(self, num_bytes: int) -> torch.Tensor:
+        while not (self._spare and len(self._spare[-1]) == num_bytes):
+            if self._num_bytes + num_bytes <= self._room or not (self._spare or self._idle):
+                self._num_bytes += num_bytes
+                return private_memory(num_bytes)
+            if self._spare:
+                self._num_bytes -= len(self._spare.pop())
+            else:
+                # Of those needed at the same time the one used last: sources take their turns in one order.
+                key = max(reversed(self._idle), key=self._idle.__getitem__)
+                del self._idle[key]
+                self._spare.append(self._held.pop(key).result())
+        return self._spare.pop()
 
 
 def copy_moves(

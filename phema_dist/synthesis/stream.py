@@ -14,23 +14,19 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
-from threading import Event, local
+from threading import Condition, Event, Lock, local
 from typing import TYPE_CHECKING
 
 import torch
 
-from phema_dist.errors import SettingsError
 from phema_dist.shard import Box
-from phema_dist.storage.manifest import PARAMETER
-from phema_dist.storage.store import LocalStore
-from phema_dist.synthesis import tiles as cutting
-from phema_dist.synthesis.reading import Blocks, Library, Progress, Source, Stretched, copy_moves
+from phema_dist.synthesis.reading import Blocks, Library, Progress, Source, Stretched, copy_moves, private_memory
+from phema_dist.synthesis.sizes import divide, lies_alike, window
 from phema_dist.synthesis.sums import TERMS_AT_ONCE, add_batch, num_rows, prefers_batches
-from phema_dist.synthesis.tiles import Layout, Move, Tile, cut_strips, cut_tiles, plan_moves, result_dtype
+from phema_dist.synthesis.tiles import Layout, Move, Tile, cut_strips, plan_moves
 
 if TYPE_CHECKING:
     from phema_dist.storage.manifest import RunInfo, ShardFile
@@ -42,10 +38,8 @@ if TYPE_CHECKING:
 Sink = Callable[[int, str, Box, torch.Tensor], None]
 
 MEMORY_BYTES = 256 << 20
-_STRIP_BYTES = 1 << 20  # of a local file, at most: smaller ones lose to steps of Python what they win by caches
-_RANGE_BYTES = 16 << 20  # of an object, at most: larger ranges are not faster
-_LEAST_STRIP_BYTES = 64 << 10
-_SHARE_OF_STRIPS = 0.6  # of the memory, where blocks are kept too
+_lock = Lock()
+_saved: list[int] = []  # torch's number of threads before the first of the streams at work; once for each of them
 
 
 def stream(
@@ -81,19 +75,13 @@ def stream(
         return
     sources = _open_sources(Library(store, info), recipes, info.sigma_rels[0])
     reference = _commonest(sources)
-    sizes = _fit(store, info, sources, reference, calculation_dtype, memory_bytes)
-    tiles = list(cut_tiles(info, reference, wanted, calculation_dtype, sizes.tile_bytes))
-    if not all(source.layout is reference for source in sources):
-        # What lies together in one sharding does so, more or less, in the order of tensors in every other.
-        order = {fqn: i for i, fqn in enumerate(info.tensors)}
-        tiles.sort(key=lambda tile: (order[tile.parts[0].fqn], tile.parts[0].box.offsets))
-    blocks = Blocks(store, sizes.kept_bytes, _count_uses(tiles, sources, sizes.strip_numel))
-    queue, stopped = iter(tiles), Event()
+    sizes = divide(store, info, sources, reference, wanted, calculation_dtype, memory_bytes)
+    blocks = Blocks(store, sizes.blocks_bytes, sizes.uses)
+    turns, stopped = _Turns(len(sizes.tiles), window(sizes.num_readers)), Event()
 
-    # Readers are the parallelism: helpers of their own would only wait for each other.
-    num_torch_threads = torch.get_num_threads()
     with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, num_torch_threads)  # what threads to come begin with
+        # Readers are the parallelism: helpers of their own would only wait for each other.
+        stack.enter_context(_torch_threads_restored())
         pool = ThreadPoolExecutor(sizes.num_readers, "phema-read", torch.set_num_threads, (1,))
         stack.callback(pool.shutdown)
         fetchers = None
@@ -105,13 +93,29 @@ def stream(
         work = _Work(store, sums, blocks, sizes.strip_numel, sink, progress, fetchers, stopped, _Room())
 
         def read() -> None:
-            for tile in queue:
-                if not stopped.is_set():
-                    _make_tile(work, tile)
+            while (number := turns.take()) is not None:
+                try:
+                    if not stopped.is_set():
+                        _make_tile(work, sizes.tiles[number])
+                finally:
+                    turns.done(number)
 
         done, _ = wait([pool.submit(read) for _ in range(sizes.num_readers)], return_when=FIRST_EXCEPTION)
         for job in done:
             job.result()
+
+
+@contextmanager
+def _torch_threads_restored() -> Iterator[None]:
+    """Give torch its number of threads again, after all streams that overlap: what the first of them found."""
+    with _lock:
+        _saved.append(_saved[0] if _saved else torch.get_num_threads())
+    try:
+        yield
+    finally:
+        with _lock:
+            # Earlier ones, too: for their own thread, and no reader of the others is without a number of its own.
+            torch.set_num_threads(_saved.pop())
 
 
 def num_bytes(recipes: Sequence[Recipe]) -> int:
@@ -162,90 +166,6 @@ def _commonest(sources: Sequence[Source]) -> Layout:
     return counts.most_common(1)[0][0] if counts else sources[-1].layout
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """How the work is divided so that it fits."""
-
-    num_readers: int
-    num_fetchers: int  # that read for them, many at a time; 0: each reader reads for itself
-    tile_bytes: int  # of a file of the reference layout
-    strip_numel: int
-    kept_bytes: int  # of blocks that are needed again
-
-
-def _fit(
-    store: Store, info: RunInfo, sources: Sequence[Source], reference: Layout, dtype: torch.dtype, memory_bytes: int
-) -> _Sizes:
-    """Choose the largest strips, and then as many readers, as fit.
-
-    A reader holds sums, and rows that are to be added; whoever reads holds what is read, and two blocks of a source.
-    """
-    is_local = isinstance(store, LocalStore)
-    num_targets, num_terms = len(sources[0].coefficients), sum(source.averaged for source in sources)
-    few = not prefers_batches(num_targets, dtype)
-    num_terms = 1 if is_local and few else num_rows(num_targets) + max(1, min(num_terms, TERMS_AT_ONCE))
-    dtypes = {result_dtype(facts) for facts in info.tensors.values() if facts.kind == PARAMETER}
-    itemsize = max(dtype.itemsize, *(kind.itemsize for kind in dtypes), 4)
-    block_bytes = max(source.block_bytes for source in sources)
-    alike = all(source.layout is reference for source in sources)
-    most = store.read_concurrency
-    largest = _STRIP_BYTES if is_local else _RANGE_BYTES
-    strips = [largest >> i for i in range(9) if i == 0 or largest >> i >= _LEAST_STRIP_BYTES]
-    for share, strip_bytes in product((1, 2, 4, 8, 16, 32, 64, 128), strips):
-        num_readers = max(1, (most if is_local else 2) // share)
-        num_fetchers = 0 if is_local else max(1, most // share)
-        row_bytes = strip_bytes // 4 * itemsize
-        held = num_readers * (num_rows(num_targets) + num_terms) * row_bytes
-        held += (num_fetchers or num_readers) * (2 * block_bytes + 2 * row_bytes)
-        # What is sharded otherwise comes in blocks that the next strips need, too: keep room for those.
-        if held <= memory_bytes * (1 if alike else _SHARE_OF_STRIPS):
-            tile_bytes = max(cutting.TILE_BYTES, strip_bytes // 4 * _commonest_itemsize(reference))
-            return _Sizes(num_readers, num_fetchers, tile_bytes, strip_bytes // 4, memory_bytes - held)
-    least = held if alike else round(held / _SHARE_OF_STRIPS)
-    raise SettingsError(
-        f"memory_bytes must be at least {least} for {num_targets} averages of this run; got {memory_bytes}."
-    )
-
-
-def _commonest_itemsize(layout: Layout) -> int:
-    sizes: Counter[int] = Counter()
-    for entries in layout.files:
-        for entry in entries:
-            sizes[entry.dtype.itemsize] += entry.box.numel
-    return sizes.most_common(1)[0][0] if sizes else 1
-
-
-def _count_uses(
-    tiles: Sequence[Tile], sources: Sequence[Source], numel: int
-) -> Callable[[Source], Counter[tuple[int, int]]]:
-    """How many strips need each block (of each file) of a source, where whole blocks are read."""
-    alike = {_kind(source): source for source in sources}
-    counts: dict[object, Counter[tuple[int, int]]] = {kind: Counter() for kind in alike}
-    for tile in tiles:
-        for kind, source in alike.items():
-            if not source.takes_part(averaged=tile.averaged) or _lies_alike(source, tile):
-                continue
-            for strip in cut_strips(tile, numel):
-                for index, moves in plan_moves(source.layout, strip).items():
-                    counts[kind].update({(index, block) for move in moves for block in move.blocks(source.block_bytes)})
-    return lambda source: counts[_kind(source)]
-
-
-def _kind(source: Source) -> object:
-    return source.layout, source.block_bytes, source.averaged, bool(source.buffers_to)
-
-
-def _lies_alike(source: Source, tile: Tile) -> bool:
-    """Whether a tile is whole blocks of a file, in its order, so that checksums can be compared as it is read."""
-    stretch, size = tile.stretch, source.block_bytes
-    if stretch is None or source.layout is not stretch.layout:
-        return False
-    return stretch.first_byte % size == 0 and stretch.last_byte in {
-        stretch.last_byte // size * size,
-        source.files[stretch.file].data_bytes,
-    }
-
-
 @dataclass(frozen=True, eq=False)
 class _Sum:
     """What is added up for parameters, or for buffers: these are only copied."""
@@ -266,6 +186,31 @@ class _Sum:
         return cls(used, copied, summed, coefficients)
 
 
+class _Turns:
+    """Which tile is next. Readers stay near each other: blocks are kept for all from the first to the last."""
+
+    def __init__(self, num_tiles: int, window: int) -> None:
+        self._next, self._num_tiles, self._window = 0, num_tiles, window
+        self._at_work: set[int] = set()
+        self._changed = Condition()
+
+    def take(self) -> int | None:
+        """The next tile, as soon as it is near; None: there is no more."""
+        with self._changed:
+            if self._next == self._num_tiles:
+                return None
+            number, self._next = self._next, self._next + 1
+            self._at_work.add(number)
+            self._changed.wait_for(lambda: number < min(self._at_work) + self._window)
+            return number
+
+    def done(self, number: int) -> None:
+        """Let others go on."""
+        with self._changed:
+            self._at_work.remove(number)
+            self._changed.notify_all()
+
+
 class _Room(local):
     """Memory that a thread works in, reused from tile to tile: fresh pages cost more than what is read into them."""
 
@@ -277,7 +222,7 @@ class _Room(local):
         num_bytes = num_rows * numel * dtype.itemsize
         if name not in self._held or len(self._held[name]) < num_bytes:
             self._held.pop(name, None)
-            self._held[name] = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+            self._held[name] = private_memory(num_bytes)
         return self._held[name][:num_bytes].view(dtype).view(num_rows, numel)
 
 
@@ -303,7 +248,7 @@ def _make_tile(work: _Work, tile: Tile) -> None:
     """
     stretches = [
         Stretched(work.store, source, tile.stretch.file, tile.stretch.first_byte)
-        if tile.stretch is not None and _lies_alike(source, tile)
+        if tile.stretch is not None and lies_alike(source, tile)
         else None
         for source in work.sums[tile.averaged].sources
     ]
@@ -330,7 +275,9 @@ def _make_strip(
     """Read a strip of each source, a batch at a time, add them up, and hand out the sums."""
     job = work.sums[strip.averaged]
     sources, summed = job.sources, job.summed
-    sums = work.room.rows("sums", num_rows(len(summed)), strip.numel, strip.dtype)
+    collect = work.fetchers is not None or prefers_batches(len(summed), strip.dtype)
+    num_sums = num_rows(len(summed)) if collect else len(summed)
+    sums = work.room.rows("sums", num_sums, strip.numel, strip.dtype)
     plans: dict[Layout, dict[int, list[Move]]] = {}
 
     def fill(i: int, row: torch.Tensor) -> None:
@@ -342,7 +289,6 @@ def _make_strip(
         for index, moves in moves_of.items():
             copy_moves(work.blocks, source, index, moves, row, work.progress)
 
-    collect = work.fetchers is not None or prefers_batches(len(summed), strip.dtype)
     num_scratch = len(sums) if collect else 0
     for begin in range(0, len(sources), TERMS_AT_ONCE):
         batch = range(begin, min(begin + TERMS_AT_ONCE, len(sources)))
