@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from phema_dist.storage.store import Store
     from phema_dist.synthesis.reading import Source, Uses
 
-_STRIP_BYTES = 1 << 20  # of a local file: smaller ones lose to steps of Python what they win by caches
+_STRIP_BYTES = 2 << 20  # of a local file: smaller ones lose to steps of Python what they win by caches
 _RANGE_BYTES = 16 << 20  # of an object: larger ranges are not faster
 _LEAST_STRIP_BYTES = 64 << 10
 _LARGEST_TRIED = 3  # strips, where nothing reads everything once: the larger, the fewer blocks lie across their ends
