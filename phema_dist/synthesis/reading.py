@@ -158,8 +158,6 @@ def check(store: Store, source: Source, index: int, block: int, digest: str) -> 
 def private_memory(num_bytes: int) -> torch.Tensor:
     """Bytes that go back to the system with the tensor; malloc would keep them for a thread that is gone."""
     pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer of them to find
-        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)[:num_bytes]
 
 
