@@ -426,7 +426,7 @@ def test_torchrun_divides_the_work_and_fails_as_a_whole(run: Path, tmp_path: Pat
     assert failed.stderr.count("phema: WARNING") == 1  # of rank 0
     assert failed.stderr.count("phema: ") == 2
     assert "holds another average, sigma_rel-0.15" in failed.stderr
-    assert "exitcode  : 1" in failed.stderr
+    assert re.search(r"exitcode  : (1|-6)", failed.stderr)  # 6: gloo now and then aborts when it ends
 
 
 def test_the_hidden_file_of_a_living_process_is_left_alone(run: Path, tmp_path: Path) -> None:
