@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phema_dist.errors import PhemaError
-from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.target import ConstantBeta, Explicit, Power, Target, UniformTail
 
 if TYPE_CHECKING:
@@ -163,12 +162,7 @@ def _checked(make: Callable[[float, int | None], Target]) -> Callable[[str], Tar
     return read
 
 
-def _power(sigma_rel: float, t: int | None) -> Target:
-    sigma_rel_to_gamma(sigma_rel)
-    return Power(sigma_rel, t)
-
-
-_sigma_rel = _checked(_power)
+_sigma_rel = _checked(Power)
 _beta = _checked(lambda beta, t: ConstantBeta(beta, t=t))
 _tail = _checked(UniformTail)
 

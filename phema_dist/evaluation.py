@@ -101,14 +101,6 @@ def _read(store: Store, ranks: Ranks, request: Request, sink: Sink, boxes: Mappi
     """Collective: stream rank 0's view of the run on every rank."""
 
     def make(info: RunInfo, recipes: Sequence[Recipe]) -> None:
-        stream(
-            store,
-            info,
-            recipes,
-            sink,
-            wanted=boxes,
-            calculation_dtype=request.calculation_dtype,
-            memory_bytes=request.memory_bytes,
-        )
+        request.stream(store, info, recipes, sink, boxes)
 
     fulfil(store, ranks, request, make)

@@ -21,7 +21,7 @@ from phema_dist.storage.store import open_store
 from phema_dist.synthesis.checkpoint import Form, items_of
 from phema_dist.synthesis.export import Output, alone_in, find_missing, write_missing
 from phema_dist.synthesis.request import Request, fulfil
-from phema_dist.synthesis.stream import MEMORY_BYTES, num_bytes, stream
+from phema_dist.synthesis.stream import MEMORY_BYTES, num_bytes
 from phema_dist.synthesis.tiles import result_dtype
 from phema_dist.target import Power, Target, as_target
 
@@ -102,15 +102,8 @@ def synthesize(
 
     def make(info: RunInfo, recipes: Sequence[Recipe]) -> None:
         states[:] = [empty_state(info) for _ in recipes]
-        stream(
-            store,
-            info,
-            recipes,
-            fill_states(states),
-            calculation_dtype=calculation_dtype,
-            memory_bytes=memory_bytes,
-            progress=_counted(progress, num_bytes(recipes)),
-        )
+        report = _counted(progress, num_bytes(recipes))
+        request.stream(store, info, recipes, fill_states(states), progress=report)
 
     recipes = fulfil(store, ALONE, request, make)
     return [Synthesis(r.target, r.t, s, r.certificate) for r, s in zip(recipes, states, strict=True)]
@@ -193,16 +186,7 @@ def write_checkpoints(
         report = _counted(progress, num_bytes([recipes[k] for k in pending if k not in written]) // ranks.size)
 
         def read(chosen: Sequence[int], wanted: Mapping[str, Sequence[Box]], sink: Sink) -> None:
-            stream(
-                store,
-                info,
-                [recipes[pending[k]] for k in chosen],
-                sink,
-                wanted=wanted,
-                calculation_dtype=request.calculation_dtype,
-                memory_bytes=request.memory_bytes,
-                progress=report,
-            )
+            request.stream(store, info, [recipes[pending[k]] for k in chosen], sink, wanted, report)
 
         write_missing(ranks, form, items, outputs, missing, ours, read)
         for k, todo in zip(pending, missing, strict=True):

@@ -139,7 +139,7 @@ def find_missing(
 def _check_place(output: Output, form: Form) -> None:
     """Whatever opens a folder of shards reads all safetensors files in it."""
     if not form.sharded and output.path.is_dir():
-        raise SettingsError(f"{output.path} must be a file, and is a folder. {_REPLACE.partition(',')[0]}.")
+        raise SettingsError(f"{output.path} must be a file, and is a folder. Choose another --out.")
     folder = output.path if form.sharded else output.path.parent
     names = [path.name for path in folder.glob("*.safetensors") if not path.name.startswith(".")]
     found = [name for name in names if bool(SHARD.fullmatch(name)) is not form.sharded]
@@ -154,7 +154,7 @@ def _check_place(output: Output, form: Form) -> None:
 def alone_in(ranks: Ranks, folders: Iterable[Path]) -> Iterator[None]:
     """Collective: no other process looks what is there, or writes, in these folders meanwhile; it waits."""
     with ExitStack() as stack:
-        ranks.on_first(lambda: [stack.enter_context(locked(folder)) for folder in sorted(set(folders))] and None)
+        ranks.on_first(lambda: [stack.enter_context(locked(folder)) for folder in sorted(set(folders))])
         yield
 
 

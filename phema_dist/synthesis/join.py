@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phema_dist.errors import LayoutError, RunError, StorageError
+from phema_dist.errors import LayoutError, RunError
 from phema_dist.shard import Box, check_exact_cover, flat_range_to_boxes, flat_span, intersect
 from phema_dist.storage.snapshot import DTYPES
+from phema_dist.storage.store import LocalStore
 from phema_dist.synthesis.checkpoint import Form, Item, shard_name
 from phema_dist.synthesis.export import SHARD, Missing, Output, alone_in, explain, find_missing, stable, write_missing
 from phema_dist.synthesis.files import named_alike, read_header
@@ -160,22 +162,12 @@ def _pieces(shards: Shards, fqn: str, wanted: Box) -> Iterator[tuple[Box, torch.
         shared = intersect(place.box, wanted)
         if shared is None:
             continue
+        store = LocalStore(os.fspath(place.path.parent))
         step = _PIECE_BYTES // item.dtype.itemsize
         for start in range(0, shared.numel, step):
             for piece in flat_range_to_boxes(shared, start, min(start + step, shared.numel)):
                 first, _, _ = flat_span(piece, place.box)
                 values = torch.frombuffer(room, dtype=item.dtype, count=piece.numel).view(piece.sizes)
-                _read_into(place.path, place.start + first * item.dtype.itemsize, memoryview(room)[: values.nbytes])
+                position = place.start + first * item.dtype.itemsize
+                store.read_into(place.path.name, position, memoryview(room)[: values.nbytes])
                 yield piece, values
-
-
-def _read_into(path: Path, start: int, view: memoryview) -> None:
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while view and (num_bytes := file.readinto(view)):
-                view = view[num_bytes:]
-    except OSError as error:
-        raise StorageError(f"reading {path}: the disk answered: {error.strerror}.") from error
-    if view:
-        raise StorageError(f"reading {path}: the file is too short.")

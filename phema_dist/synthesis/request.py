@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,12 +12,15 @@ import torch
 from phema_dist.errors import DamagedError, KeyMissingError
 from phema_dist.storage.run import open_run
 from phema_dist.synthesis.recipe import Recipe, announce, plan
-from phema_dist.synthesis.stream import MEMORY_BYTES
+from phema_dist.synthesis.stream import MEMORY_BYTES, stream
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
+    from phema_dist.shard import Box
     from phema_dist.storage.manifest import RunInfo
     from phema_dist.storage.store import Store
+    from phema_dist.synthesis.reading import Progress
+    from phema_dist.synthesis.stream import Sink
     from phema_dist.target import Target
 
 
@@ -37,6 +40,22 @@ class Request:
     calculation_dtype: torch.dtype = torch.float32
     memory_bytes: int = MEMORY_BYTES
     strict: bool = False
+
+    def stream(
+        self,
+        store: Store,
+        info: RunInfo,
+        recipes: Sequence[Recipe],
+        sink: Sink,
+        wanted: Mapping[str, Sequence[Box]] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Make averages as this asks for: `stream`."""
+        dtype, memory_bytes = self.calculation_dtype, self.memory_bytes
+        stream(
+            store, info, recipes, sink,
+            wanted=wanted, calculation_dtype=dtype, memory_bytes=memory_bytes, progress=progress,
+        )  # fmt: skip
 
 
 class _Failure(NamedTuple):
