@@ -381,7 +381,7 @@ def test_a_description_survives_json_and_tells_recipes_apart(plain: Run) -> None
     power, _, beta, tail, explicit, _ = described
     assert (power["target"], power["sigma_rel"], power["t"]) == ("sigma_rel-0.1", 0.1, 100)
     assert (beta["beta"], beta["every"], tail["fraction"]) == (0.95, 1, 0.2)
-    assert explicit["terms"] == [[0.05, 20, 0.5, 0], [0.05, 30, 0.5, 0]]
+    assert explicit["terms"] == [[0.05, 20, 0.5, 0, 0], [0.05, 30, 0.5, 0, 0]]
     assert explicit["buffers"] == [30, 0]
     assert power["certificate"]["left_out"] == ["t=50: bitten"]
     assert power["attempts"] == {"0": plain.attempts[0].token}

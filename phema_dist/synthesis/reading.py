@@ -45,6 +45,7 @@ class Source:
     coefficients: tuple[float, ...]
     copied_to: tuple[int, ...]
     buffers_to: tuple[int, ...]
+    batch: object  # that it is added up with
 
     @property
     def block_bytes(self) -> int:

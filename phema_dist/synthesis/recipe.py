@@ -15,6 +15,7 @@ from phema_dist import profile
 from phema_dist.errors import ProfileError, SnapshotError
 from phema_dist.profile import Array, PowerProfile, UpdateHistory
 from phema_dist.storage.snapshot import HALF_ULP
+from phema_dist.synthesis.sums import BATCH
 from phema_dist.target import ConstantBeta, Explicit, Power, Shape, Target, as_target, neighbours, resolve
 
 if TYPE_CHECKING:
@@ -58,11 +59,12 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Term:
-    """One stored average and its factor."""
+    """One stored average and its factor. Those of one sigma_rel and one batch are added up by themselves."""
 
     snapshot: Snapshot
     sigma_rel: float
     coefficient: float
+    batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """The recipe as plain JSON values: equal ones make the same bits, as attempts are known by their tokens.
 
-        Each term is [sigma_rel, t, coefficient, attempt].
+        Each term is [sigma_rel, t, coefficient, attempt, batch].
         """
         used = [self.newest, *(term.snapshot for term in self.terms)]
         fields = {name: value for name, value in asdict(self.target).items() if name not in {"t", "terms"}}
@@ -86,9 +88,7 @@ class Recipe:
             "target": self.target.name,
             **fields,
             "t": self.t,
-            "terms": [
-                [term.sigma_rel, term.snapshot.t, term.coefficient, term.snapshot.attempt] for term in self.terms
-            ],
+            "terms": [[x.sigma_rel, x.snapshot.t, x.coefficient, x.snapshot.attempt, x.batch] for x in self.terms],
             "buffers": [self.newest.t, self.newest.attempt],
             "attempts": {s.attempt: s.manifests[0].token for s in used},
             "certificate": asdict(self.certificate),
@@ -195,7 +195,7 @@ def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
     profiles, aim = _profiles(run, stored), resolve(target, t - run.info.origin)
     roundings = np.array([_rounding(s) for _, s in stored])
     x, errors = profile.fit(profiles, [aim])
-    terms = _terms(stored, x[:, 0])
+    terms = _terms(run, zip(stored, x[:, 0].tolist(), strict=True))
     error, noise = float(errors[0]), float(np.linalg.norm(x[:, 0] * roundings))
     with_all = profile.fit(profiles + _profiles(run, _averages(run, lost)), [aim])[1] if lost else errors
     certificate = replace(
@@ -226,7 +226,7 @@ def _given(run: Run, target: Explicit) -> Recipe:
             f"coefficients must be those of complete snapshots; {run.store.url} has {_listed(by_t)}; "
             f"got {_listed(missing)}.{f' Incomplete: {broken}.' if broken else ''}"
         )
-    terms = tuple(Term(by_t[t], sigma_rel, float(c)) for t, c in sorted(target.terms) if c != 0)
+    terms = _terms(run, (((sigma_rel, by_t[t]), float(c)) for t, c in sorted(target.terms)))
     newest = by_t[max(t for t, _ in target.terms)]
     return Recipe(target, newest.t, terms, newest, _certificate(terms))
 
@@ -239,9 +239,10 @@ def _profiles(run: Run, averages: Sequence[tuple[float, Snapshot]]) -> list[Powe
     return [PowerProfile(sigma_rel, s.t - run.info.origin) for sigma_rel, s in averages]
 
 
-def _terms(averages: Sequence[tuple[float, Snapshot]], factors: Array) -> tuple[Term, ...]:
-    pairs = zip(averages, factors.tolist(), strict=True)
-    return tuple(Term(s, sigma_rel, c) for (sigma_rel, s), c in pairs if c != 0)
+def _terms(run: Run, factors: Iterable[tuple[tuple[float, Snapshot], float]]) -> tuple[Term, ...]:
+    """Batches are those of the run, not of what is made: so an average has the same bits beside any others."""
+    batches = {s.folder: i // BATCH for i, s in enumerate(run.complete)}
+    return tuple(Term(s, sigma_rel, c, batches[s.folder]) for (sigma_rel, s), c in factors if c != 0)
 
 
 def _certificate(terms: Sequence[Term]) -> Certificate:

@@ -20,7 +20,7 @@ from phema_dist.errors import SettingsError
 from phema_dist.storage.manifest import PARAMETER
 from phema_dist.storage.store import LocalStore
 from phema_dist.synthesis import tiles as cutting
-from phema_dist.synthesis.sums import TERMS_AT_ONCE, num_rows, prefers_batches
+from phema_dist.synthesis.sums import BATCH, num_rows, prefers_batches
 from phema_dist.synthesis.tiles import Layout, Tile, cut_strips, cut_tiles, plan_moves, result_dtype
 
 if TYPE_CHECKING:
@@ -156,9 +156,9 @@ def _ways(
     is_local = isinstance(store, LocalStore)
     num_targets, num_terms = len(sources[0].coefficients), sum(source.averaged for source in sources)
     dtypes = {result_dtype(facts) for facts in info.tensors.values() if facts.kind == PARAMETER}
-    rows = num_targets + 1
+    rows = 2 * num_targets + 1
     if not is_local or any(prefers_batches(num_targets, kind) for kind in (dtype, *dtypes)):
-        rows = 2 * num_rows(num_targets) + max(1, min(num_terms, TERMS_AT_ONCE))
+        rows = 2 * num_rows(num_targets) + max(1, min(num_terms, BATCH))
     itemsize = max(dtype.itemsize, *(kind.itemsize for kind in dtypes), 4)
     best, most = _STRIP_BYTES if is_local else _RANGE_BYTES, store.read_concurrency
     file_bytes = max(file.data_bytes for source in sources for file in source.files)

@@ -11,12 +11,13 @@ handed out is worth something when `stream` returns.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, groupby
 from threading import Condition, Event, Lock, local
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,14 @@ import torch
 from phema_dist.shard import Box
 from phema_dist.synthesis.reading import Blocks, Library, Progress, Source, Stretched, copy_moves, private_memory
 from phema_dist.synthesis.sizes import divide, lies_alike, window
-from phema_dist.synthesis.sums import TERMS_AT_ONCE, add_batch, num_rows, prefers_batches
+from phema_dist.synthesis.sums import add_batch, num_rows, prefers_batches
 from phema_dist.synthesis.tiles import Layout, Move, Tile, cut_strips, plan_moves
 
 if TYPE_CHECKING:
     from phema_dist.storage.manifest import RunInfo, ShardFile
     from phema_dist.storage.run import Snapshot
     from phema_dist.storage.store import Store
-    from phema_dist.synthesis.recipe import Recipe
+    from phema_dist.synthesis.recipe import Recipe, Term
 
 # What a reader hands out: target index, tensor, box, and its values (valid only during the call; any thread).
 Sink = Callable[[int, str, Box, torch.Tensor], None]
@@ -120,13 +121,13 @@ def _torch_threads_restored() -> Iterator[None]:
 
 def num_bytes(recipes: Sequence[Recipe]) -> int:
     """How many bytes a pass over everything reads, for a progress bar."""
-    return sum(file.data_bytes for s, sigma_rel in _used(recipes) for _, file in _files(s, sigma_rel))
+    return sum(file.data_bytes for term in _used(recipes) for _, file in _files(term.snapshot, term.sigma_rel))
 
 
-def _used(recipes: Sequence[Recipe]) -> list[tuple[Snapshot, float]]:
+def _used(recipes: Sequence[Recipe]) -> list[Term]:
     """The stored averages that some recipe needs, by sigma_rel, then t: the order in which they are added."""
-    used = {(term.sigma_rel, term.snapshot.t): term.snapshot for recipe in recipes for term in recipe.terms}
-    return [(snapshot, sigma_rel) for (sigma_rel, _), snapshot in sorted(used.items(), key=lambda item: item[0])]
+    used = {(term.sigma_rel, term.snapshot.t): term for recipe in recipes for term in recipe.terms}
+    return [used[key] for key in sorted(used)]
 
 
 def _files(snapshot: Snapshot, sigma_rel: float) -> list[tuple[int, ShardFile]]:
@@ -136,13 +137,14 @@ def _files(snapshot: Snapshot, sigma_rel: float) -> list[tuple[int, ShardFile]]:
 
 def _open_sources(library: Library, recipes: Sequence[Recipe], sigma_rel_of_buffers: float) -> list[Source]:
     """All that has a part in some result: averages in the order in which they are added, then what has only buffers."""
-    used = _used(recipes)
-    known = {(snapshot.t, sigma_rel) for snapshot, sigma_rel in used}
-    newest = {recipe.newest.t: recipe.newest for recipe in recipes}
-    used += [(s, sigma_rel_of_buffers) for t, s in sorted(newest.items()) if (t, sigma_rel_of_buffers) not in known]
+    used: dict[tuple[int, float], tuple[Snapshot, object]] = {
+        (term.snapshot.t, term.sigma_rel): (term.snapshot, term.batch) for term in _used(recipes)
+    }
+    for recipe in sorted(recipes, key=lambda recipe: recipe.newest.t):
+        used.setdefault((recipe.newest.t, sigma_rel_of_buffers), (recipe.newest, recipe.newest.folder))
     terms = [{(term.snapshot.t, term.sigma_rel): term.coefficient for term in recipe.terms} for recipe in recipes]
     sources = []
-    for snapshot, sigma_rel in used:
+    for (_, sigma_rel), (snapshot, batch) in used.items():
         files = _files(snapshot, sigma_rel)
         factors = [coefficients.get((snapshot.t, sigma_rel), 0.0) for coefficients in terms]
         buffers = sigma_rel == sigma_rel_of_buffers
@@ -155,6 +157,7 @@ def _open_sources(library: Library, recipes: Sequence[Recipe], sigma_rel_of_buff
                 tuple(factors),
                 tuple(k for k, recipe in enumerate(recipes) if factors[k] == 1 and len(recipe.terms) == 1),
                 tuple(k for k, recipe in enumerate(recipes) if buffers and recipe.newest.t == snapshot.t),
+                (sigma_rel, batch),
             )
         )
     return sources
@@ -174,6 +177,7 @@ class _Sum:
     copied: list[tuple[int, ...]]  # for each source, the targets that are just it
     summed: list[int]  # the other targets
     coefficients: torch.Tensor  # [summed, sources]
+    batches: list[slice]  # of sources that are added up together
 
     @classmethod
     def of(cls, sources: Sequence[Source], *, averaged: bool) -> _Sum:
@@ -183,7 +187,8 @@ class _Sum:
         summed = [k for k in range(len(sources[0].coefficients)) if not any(k in targets for targets in copied)]
         factors = [[source.coefficients[k] for source in used] for k in summed]
         coefficients = torch.tensor(factors, dtype=torch.float64, device="cpu").view(len(summed), len(used))
-        return cls(used, copied, summed, coefficients)
+        ends = list(accumulate(len(list(batch)) for _, batch in groupby(used, key=lambda source: source.batch)))
+        return cls(used, copied, summed, coefficients, list(map(slice, [0, *ends], ends)))
 
 
 class _Turns:
@@ -277,7 +282,7 @@ def _make_strip(
     sources, summed = job.sources, job.summed
     collect = work.fetchers is not None or prefers_batches(len(summed), strip.dtype)
     num_sums = num_rows(len(summed)) if collect else len(summed)
-    sums = work.room.rows("sums", num_sums, strip.numel, strip.dtype)
+    sums, scratch = (work.room.rows(name, num_sums, strip.numel, strip.dtype) for name in ("sums", "scratch"))
     plans: dict[Layout, dict[int, list[Move]]] = {}
 
     def fill(i: int, row: torch.Tensor) -> None:
@@ -289,16 +294,15 @@ def _make_strip(
         for index, moves in moves_of.items():
             copy_moves(work.blocks, source, index, moves, row, work.progress)
 
-    num_scratch = len(sums) if collect else 0
-    for begin in range(0, len(sources), TERMS_AT_ONCE):
-        batch = range(begin, min(begin + TERMS_AT_ONCE, len(sources)))
-        matrix = work.room.rows("values", num_scratch + (len(batch) if collect else 1), strip.numel, strip.dtype)
-        values = matrix[num_scratch:].expand(len(batch), -1)
-        rows: Iterable[torch.Tensor] = _filled(fill, batch, values, work.fetchers, job.copied, give)
+    for batch in job.batches:
+        numbers = range(len(sources))[batch]
+        values = work.room.rows("values", len(numbers) if collect else 1, strip.numel, strip.dtype)
+        rows = values.expand(len(numbers), -1)
+        filled = _filled(fill, numbers, rows, work.fetchers, job.copied, give)
         if collect:
-            deque(rows, maxlen=0)
-            rows = matrix
-        add_batch(sums, job.coefficients[:, begin : begin + TERMS_AT_ONCE], rows, first=begin == 0)
+            for _ in filled:
+                pass
+        add_batch(sums, job.coefficients[:, batch], rows if collect else filled, first=not batch.start, scratch=scratch)
     for k, row in zip(summed, sums, strict=False):
         give(k, row)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from phema_dist.storage.snapshot import Entry
 
 TILE_BYTES = BLOCK_BYTES  # of a file of the reference layout; larger ones are multiples of it
-SPAN_BYTES = BLOCK_BYTES // 4  # how far apart in a file the elements of one move may lie
+SPAN_BYTES = BLOCK_BYTES // 4  # of a file, from the first element of a move to its last: so it needs two blocks at most
 
 
 class _Places(NamedTuple):
@@ -235,8 +235,8 @@ def plan_moves(layout: Layout, tile: Tile) -> dict[int, list[Move]]:
 
 def _halved(box: Box, outer: Box, span: int) -> Iterator[Box]:
     """Cut a box until the elements of each lie close together in `outer`: what lies between is read with them."""
-    first, last, dense = flat_span(box, outer)
-    if dense or last - first <= span:
+    first, last, _ = flat_span(box, outer)
+    if last - first <= span:
         yield box
         return
     dim = next(dim for dim, size in enumerate(box.sizes) if size > 1)
@@ -271,11 +271,12 @@ def _strides(box: Box) -> tuple[int, ...]:
 
 
 def _join(a: Move, b: Move) -> Move | None:
-    """Two flat moves as one, if the second continues the first on both sides: where layouts agree, a tile is one."""
+    """Two flat moves as one, if the second continues the first on both sides, and they are not too long for that."""
     if (
         (a.dtype, a.from_strides, a.to_strides) == (b.dtype, (1,), (1,))
         and b.from_strides == b.to_strides == (1,)
         and (a.last_byte, a.target + a.sizes[0]) == (b.first_byte, b.target)
+        and b.last_byte - a.first_byte <= SPAN_BYTES
     ):
         return replace(a, last_byte=b.last_byte, sizes=(a.sizes[0] + b.sizes[0],))
     return None
