@@ -76,6 +76,9 @@ class PostHocEMA:
         process_group: ProcessGroup | None = None,
         t_unit: str = "steps",
         prefix: str = "",
+        on_error: str = "warn",
+        on_busy: str = "wait",
+        drain_on_sigterm: bool = False,
     ) -> PostHocEMA:
         """Begin to average a model, or go on with a run. Collective: call it on every rank, after wrapping the model.
 
@@ -99,6 +102,11 @@ class PostHocEMA:
             t_unit: what t counts, for people who read the run: steps, samples, …
             prefix: before the names of this rank's tensors, where ranks hold different modules whose names collide
                 (pipeline stages, local experts).
+            on_error: "warn": a snapshot that cannot be stored is lost, and training goes on; "raise": the next call
+                raises instead.
+            on_busy: "wait" for an update that comes while the two before it are still being taken in, or "skip" it,
+                which is exact for the profile; the update of a snapshot is never skipped.
+            drain_on_sigterm: store what is queued when SIGTERM comes, for at most 15 s, then do as without this.
 
         Raises:
             SettingsError, ProfileError: an argument that cannot work.
@@ -111,7 +119,7 @@ class PostHocEMA:
         def checked() -> PostHocEMA:
             settings = Settings(
                 max_checkpoints, _floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
-                only_save_diff, update_after_step, t_unit, prefix,
+                only_save_diff, update_after_step, t_unit, on_error, on_busy, drain_on_sigterm, prefix,
             )  # fmt: skip
             ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings, _sum_dtype(calculation_dtype))
             ema._resume = check_resume(resume)

@@ -38,6 +38,6 @@ def any_store_url(request: pytest.FixtureRequest) -> Target:
 def nothing_is_left_open() -> Iterator[None]:
     """Close what a test left open, or it would be stored, and told, when the tests end."""
     yield
-    writer = sys.modules.get("phema_dist.training.writer")
-    for left in list(writer._open_writers) if writer else ():
-        left.abandon(1)
+    ends = sys.modules.get("phema_dist.training.ends")
+    for left in list(ends._open) if ends else ():
+        left.abandon(1, "a test ended")

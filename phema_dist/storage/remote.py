@@ -221,6 +221,13 @@ class FsspecStore:
             paths = [(f"{client.root}/{key}",) for key in batch]
             yield from zip(batch, client.call_each(self.deadline_seconds / 2, verb, paths), strict=True)
 
+    def unfinished(self) -> dict[str, str]:
+        """Nothing that fsspec could tell of."""
+        return {}
+
+    def discard(self, handles: Iterable[str]) -> None:
+        """Nothing to remove."""
+
     def describe(self, key: str = "") -> str:
         """Name an object for a message: its URL."""
         return f"{self.url}/{key}" if key else self.url

@@ -49,6 +49,12 @@ class Store(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; absent ones are fine."""
 
+    def unfinished(self) -> dict[str, str]:
+        """What puts have begun and not ended, alive or cut off: a handle for `discard`, and the key (or its folder)."""
+
+    def discard(self, handles: Iterable[str]) -> None:
+        """Remove unfinished puts, each by its own handle; one that is gone is fine, one still alive fails."""
+
     def describe(self, key: str = "") -> str:
         """Name an object for a message, as in `s3://bucket/run/key`."""
 
@@ -200,11 +206,27 @@ class LocalStore:
                     _remove_unfinished(path)
                     os.rmdir(path)
 
+    def unfinished(self) -> dict[str, str]:
+        """The hidden temporary files of puts; each is its own handle."""
+        found = (f"{folder}/{name}"[len(self.url) + 1 :] for folder, _, names in os.walk(self.url) for name in names)
+        return {path: path for path in found if _TEMPORARY.search(path)}
+
+    def discard(self, handles: Iterable[str]) -> None:
+        """Remove temporary files; a put that still writes one fails."""
+        for handle in handles:
+            path = f"{self.url}/{handle}"
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            except OSError as error:
+                raise _local_error(error, "deleting", path) from error
+
     def describe(self, key: str = "") -> str:
         """Name a file for a message: its path."""
         return f"{self.url}/{key}" if key else self.url
 
 
+_TEMPORARY = re.compile(r"(^|/)\.[0-9a-f]{16}\.tmp$")
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 

@@ -47,6 +47,9 @@ class Settings:
     only_save_diff: bool = False
     update_after_step: int = 0
     t_unit: str = "steps"
+    on_error: str = "warn"  # or "raise"
+    on_busy: str = "wait"  # or "skip"
+    drain_on_sigterm: bool = False
     prefix: str = ""  # this rank's own
 
     def __post_init__(self) -> None:
@@ -54,6 +57,9 @@ class Settings:
         for name, smallest in least.items():
             if not isinstance(value := getattr(self, name), int) or value < smallest:
                 raise SettingsError(f"{name} must be an integer of at least {smallest}; got {value!r}.")
+        for name, known in (("on_error", ("warn", "raise")), ("on_busy", ("wait", "skip"))):
+            if (choice := getattr(self, name)) not in known:
+                raise SettingsError(f"{name} must be one of {known}; got {choice!r}.")
         if self.sigma_rels is not None:
             if not self.sigma_rels or len(set(self.sigma_rels)) != len(self.sigma_rels):
                 raise SettingsError(f"sigma_rels must be one or more different numbers; got {self.sigma_rels}.")

@@ -9,11 +9,9 @@ collective: a snapshot is complete when all ranks have written, which nobody nee
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -24,6 +22,7 @@ from phema_dist.errors import BackgroundError, StorageError
 from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Manifest, shard_name
 from phema_dist.storage.run import Known, newest_attempt
 from phema_dist.storage.snapshot import DTYPE_NAMES, write_snapshot
+from phema_dist.training import ends
 from phema_dist.training.buffers import SnapshotBuffers
 from phema_dist.training.policy import Grid, Place, check_not_superseded, tidy
 from phema_dist.training.staging import NUM_SLOTS, Staging
@@ -144,7 +143,7 @@ class Writer:
         self._place = place
         self._averages: Worker[Update] = Worker("phema-averages", self._apply)
         self._storage: Worker[Manifest] = Worker("phema-storage", self._store)
-        _open_writers.add(self)
+        ends.opened(self)
 
     def update(
         self,
@@ -219,7 +218,7 @@ class Writer:
         self._stop()
 
     def _stop(self) -> None:
-        _open_writers.discard(self)
+        ends.closed(self)
         self._averages.stop()
         self._storage.stop()
 
@@ -309,17 +308,3 @@ class Writer:
             except StorageError as error:
                 self.counts.last_error = str(error)
                 self._place.warn(manifest.t, f"older snapshots could not be deleted: {error}")
-
-
-_open_writers: weakref.WeakSet[Writer] = weakref.WeakSet()
-_SECONDS_AT_EXIT = 10.0
-
-
-def _drain_at_exit() -> None:
-    for writer in list(_open_writers):
-        writer.abandon(_SECONDS_AT_EXIT, "the program ends and PostHocEMA was not closed")
-
-
-# Private, but there is no other moment: when atexit runs, storage clients can no longer start the threads they need.
-threading._register_atexit(_drain_at_exit)  # type: ignore[attr-defined]  # noqa: SLF001
-os.register_at_fork(after_in_child=_open_writers.clear)  # a DataLoader's worker has no thread to wait for
