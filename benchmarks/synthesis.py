@@ -39,6 +39,7 @@ from phema_dist.shard import whole
 from phema_dist.storage.manifest import manifest_name, snapshot_folder, to_json
 from phema_dist.storage.run import Run, open_run
 from phema_dist.storage.store import Store, open_store
+from phema_dist.synthesis.checkpoint import Form, cut, items_of
 from phema_dist.synthesis.consolidate import synthesize, synthesize_files
 from phema_dist.synthesis.recipe import plan
 from phema_dist.synthesis.stream import stream
@@ -149,12 +150,10 @@ def raw_read(run: Run, num_threads: int, ranks: tuple[int, int] = (0, 1)) -> Con
 
 
 def ours_in_part(run: Run, sigma_rels: Sequence[float], rank: int, world_size: int) -> Contestant:
-    """Return the synthesis of one rank's rows of each tensor."""
+    """Return the synthesis of one rank's share, cut as `torchrun -m phema_dist synthesize` cuts it."""
     recipes = plan(run, sigma_rels)
-    boxes = {}
-    for name, facts in run.info.tensors.items():
-        box = whole(facts.shape)
-        boxes[name] = [box.rows(*(box.num_rows * i // world_size for i in (rank, rank + 1)))]
+    parts = [(item, whole(item.shape)) for item in items_of(run.info, Form())]
+    boxes = {item.fqn: [box] for item, box in cut(parts, rank, world_size)}
 
     def make() -> None:
         held = [{name: torch.empty(box.sizes) for name, (box,) in boxes.items()} for _ in recipes]

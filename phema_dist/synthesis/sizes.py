@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, takewhile
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from phema_dist.synthesis.reading import Source, Uses
 
 _STRIP_BYTES = 2 << 20  # of a local file: smaller ones lose to steps of Python what they win by caches
-_RANGE_BYTES = 16 << 20  # of an object: larger ranges are not faster
+_RANGE_BYTES = 16 << 20  # of an object: larger ranges are not faster, and a quarter of this is nearly as fast
 _LEAST_STRIP_BYTES = 64 << 10
 _LARGEST_TRIED = 3  # strips, where nothing reads everything once: the larger, the fewer blocks lie across their ends
 _BLOCKS_IN_USE = 2  # of one who reads, at most
@@ -81,23 +81,24 @@ def divide(
     # tensor by tensor.
     orders = [(), tuple(info.tensors)] if any(source.layout is not reference for source in sources) else [()]
     size = (ways[0].tile_bytes, ways[0].strip_bytes)
-    order = min(orders, key=lambda order: touched_in(*size, order).needed_bytes(1, 1))
+    alone = replace(ways[0], num_readers=1, num_fetchers=1)
+    order = min(orders, key=lambda order: touched_in(*size, order).needed_bytes(alone))
 
     def touched(way: _Way, strip_bytes: int) -> _Touched:
         return touched_in(way.tile_bytes, strip_bytes, order)
 
     def needed(way: _Way, strip_bytes: int) -> int:
-        return way.held_bytes + touched(way, strip_bytes).needed_bytes(way.num_readers, way.num_fetchers)
+        return touched(way, strip_bytes).needed_bytes(way)
 
-    fitting = [way for way in ways if way.held_bytes <= memory_bytes]
-    if not fitting:
-        least = min(way.held_bytes for way in ways)
+    smallest = min(ways, key=lambda way: way.held_bytes + way.blocks_in_use)
+    least = touched(smallest, smallest.strip_bytes).held_bytes(smallest)
+    if memory_bytes < least:
         raise SettingsError(
             f"memory_bytes must be at least {least} for {len(sources[0].coefficients)} averages of this run; got "
             f"{memory_bytes}."
         )
     known: dict[int, int] = {}  # for tiles of that size, strips for which it is known what they touch
-    for way in fitting:
+    for way in (way for way in ways if way.held_bytes <= memory_bytes):
         # Smaller strips of the same tiles have all their ends, and more: what is kept there can only be more.
         coarser = known.get(way.tile_bytes, 0)
         if coarser > way.strip_bytes and needed(way, coarser) > memory_bytes:
@@ -105,23 +106,22 @@ def divide(
         known.setdefault(way.tile_bytes, way.strip_bytes)
         if needed(way, way.strip_bytes) <= memory_bytes:
             return _division(way, touched(way, way.strip_bytes), memory_bytes)
-    alone = [
-        way for way in ways if (way.num_readers, way.num_fetchers) == (ways[-1].num_readers, ways[-1].num_fetchers)
-    ]
-    return _least_read(alone, touched, memory_bytes)
+    last = (ways[-1].num_readers, ways[-1].num_fetchers)
+    return _least_read([way for way in ways if (way.num_readers, way.num_fetchers) == last], touched, memory_bytes)
 
 
 def _least_read(ways: Sequence[_Way], touched: Callable[[_Way, int], _Touched], memory_bytes: int) -> Division:
     """Of ways that all read some blocks again, what reads the least."""
-    fitting = sorted((way for way in ways if way.held_bytes <= memory_bytes), key=lambda way: -way.strip_bytes)
+    fitting = [way for way in ways if touched(way, way.strip_bytes).held_bytes(way) <= memory_bytes]
+    fitting.sort(key=lambda way: -way.strip_bytes)
     tried = [way for i, way in enumerate(fitting) if i < _LARGEST_TRIED or way.strip_bytes >= ways[0].strip_bytes]
 
     def times_read(way: _Way) -> float:
-        room = memory_bytes - way.held_bytes + way.blocks_in_use // _BLOCKS_IN_USE  # one is mostly in use, not all
+        room = memory_bytes - way.held_bytes - way.blocks_in_use // _BLOCKS_IN_USE  # one is mostly in use, not all
         return touched(way, way.strip_bytes).times_read(room)
 
     def enough(way: _Way) -> int:
-        return way.held_bytes + touched(way, way.strip_bytes).needed_bytes(way.num_readers, way.num_fetchers)
+        return touched(way, way.strip_bytes).needed_bytes(way)
 
     best = min(tried, key=times_read)
     _log.warning(
@@ -142,8 +142,8 @@ class _Way:
     num_fetchers: int
     strip_bytes: int  # as float32
     tile_bytes: int  # of a file of the reference layout
-    blocks_in_use: int  # bytes
-    held_bytes: int  # with those, and without blocks that are kept
+    blocks_in_use: int  # bytes, where whole blocks are read
+    held_bytes: int  # without blocks
 
 
 def _ways(
@@ -151,7 +151,7 @@ def _ways(
 ) -> Iterator[_Way]:
     """The most readers first; for as many, strips of the best size, then smaller ones, then larger ones.
 
-    A reader holds sums, and rows that are to be added; whoever reads holds what is read, and two blocks of a source.
+    A reader holds sums, and rows that are to be added; whoever reads holds what is read, and perhaps two blocks.
     """
     is_local = isinstance(store, LocalStore)
     num_targets, num_terms = len(sources[0].coefficients), sum(source.averaged for source in sources)
@@ -169,13 +169,15 @@ def _ways(
     crews = {
         (max(1, most // n), 0) if is_local else (max(1, 2 // n), max(1, most // n)): None for n in shares
     }  # each once, in this order
-    for num_readers, num_fetchers in crews:
-        for strip_bytes in strips:
-            row_bytes = strip_bytes // 4 * itemsize
-            in_use = (num_fetchers or num_readers) * _BLOCKS_IN_USE * block_bytes
-            held = num_readers * rows * row_bytes + (num_fetchers or num_readers) * 2 * row_bytes + in_use
-            tile_bytes = max(cutting.TILE_BYTES, strip_bytes // 4 * _commonest_itemsize(reference))
-            yield _Way(num_readers, num_fetchers, strip_bytes, tile_bytes, in_use, held)
+    pairs = [(crew, strip_bytes) for crew in crews for strip_bytes in strips]
+    if not is_local:  # whoever waits for answers gains more by ranges of some size than by a second reader
+        pairs.sort(key=lambda pair: -min(pair[1], best // 4) if pair[0][1] == most else 0)
+    for (num_readers, num_fetchers), strip_bytes in pairs:
+        row_bytes = strip_bytes // 4 * itemsize
+        in_use = (num_fetchers or num_readers) * _BLOCKS_IN_USE * block_bytes
+        held = num_readers * rows * row_bytes + (num_fetchers or num_readers) * 2 * row_bytes
+        tile_bytes = max(cutting.TILE_BYTES, strip_bytes // 4 * _commonest_itemsize(reference))
+        yield _Way(num_readers, num_fetchers, strip_bytes, tile_bytes, in_use, held)
 
 
 def _commonest_itemsize(layout: Layout) -> int:
@@ -187,7 +189,7 @@ def _commonest_itemsize(layout: Layout) -> int:
 
 
 def _division(way: _Way, touched: _Touched, memory_bytes: int) -> Division:
-    room = memory_bytes - way.held_bytes + way.blocks_in_use
+    room = memory_bytes - way.held_bytes
     uses = touched.uses
     return Division(
         way.num_readers,
@@ -216,13 +218,20 @@ class _Touched:
     returning: np.ndarray  # [strips] bytes of the blocks that were touched before
     all_kept: int  # bytes of the blocks that are touched more than once
     once: int  # bytes of everything, read once
+    in_blocks: int  # of those, what is read as whole blocks
 
-    def needed_bytes(self, num_readers: int, num_fetchers: int) -> int:
-        """The most that is kept while the readers are as near each other as `window` says."""
-        if num_readers > 1:
-            first, last = self.ends[:-1], np.minimum(np.arange(len(self.tiles)) + window(num_readers), len(self.tiles))
-            return int((self.begun[np.asarray(self.ends)[last]] - self.done[first]).max(initial=0))
-        return min(int(self.beside.max(initial=0)) + self.beside_own * max(1, num_fetchers), self.all_kept)
+    def held_bytes(self, way: _Way) -> int:
+        """What is held without blocks that are kept."""
+        return way.held_bytes + min(way.blocks_in_use, self.in_blocks)
+
+    def needed_bytes(self, way: _Way) -> int:
+        """With the most that is kept while the readers are as near each other as `window` says."""
+        held = self.held_bytes(way)
+        if way.num_readers > 1:
+            near = np.arange(len(self.tiles)) + window(way.num_readers)
+            first, last = self.ends[:-1], np.minimum(near, len(self.tiles))
+            return held + int((self.begun[np.asarray(self.ends)[last]] - self.done[first]).max(initial=0))
+        return held + min(int(self.beside.max(initial=0)) + self.beside_own * max(1, way.num_fetchers), self.all_kept)
 
     def times_read(self, kept_bytes: int) -> float:
         """How often the bytes are read, about, by one reader that can keep so many."""
@@ -235,7 +244,7 @@ def _touch(tiles: Sequence[Tile], sources: Sequence[Source], numel: int) -> _Tou
     num_of = Counter(map(_kind, sources))
     alike = {_kind(source): source for source in sources}
     uses: dict[object, dict[tuple[int, int], list[int]]] = {kind: {} for kind in alike}
-    once, ends = 0, [0]
+    once, in_blocks, ends = 0, 0, [0]
     for tile in tiles:
         strips = list(cut_strips(tile, numel))
         for kind, source in alike.items():
@@ -256,7 +265,7 @@ def _touch(tiles: Sequence[Tile], sources: Sequence[Source], numel: int) -> _Tou
         kept, during = np.zeros((2, ends[-1] + 2), np.int64)  # of one such source: changes at cuts, and at strips
         for (file, block), numbers in uses[kind].items():
             num_bytes = min(source.block_bytes, source.files[file].data_bytes - block * source.block_bytes)
-            once += num_of[kind] * num_bytes
+            in_blocks += num_of[kind] * num_bytes
             if len(numbers) > 1:
                 all_kept += num_of[kind] * num_bytes
                 kept[[numbers[0] + 1, numbers[-1] + 1]] += num_bytes, -num_bytes
@@ -268,7 +277,10 @@ def _touch(tiles: Sequence[Tile], sources: Sequence[Source], numel: int) -> _Tou
         around = np.maximum(kept[:-1], kept[1:])
         beside += num_of[kind] * around
         beside_own = max(beside_own, int((during - around).max()))
-    return _Touched(tiles, uses, ends, begun.cumsum(), done.cumsum(), beside, beside_own, returning, all_kept, once)
+    once += in_blocks
+    return _Touched(
+        tiles, uses, ends, begun.cumsum(), done.cumsum(), beside, beside_own, returning, all_kept, once, in_blocks
+    )
 
 
 def _blocks(source: Source, strip: Tile) -> set[tuple[int, int]]:
