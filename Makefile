@@ -8,7 +8,10 @@ WRAPPER ?= ddp
 OUT ?= demo
 CHECKPOINT_DIR ?= $(OUT)/run-$(WRAPPER)-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint types bench venv clean
+LOOPS ?= 200
+MINUTES ?= 10
+
+.PHONY: demo test soak lint types bench venv clean
 
 # Train on real data with two ranks, sweep sigma_rel, write the best checkpoint and a picture.
 demo: $(READY)
@@ -23,6 +26,10 @@ demo: $(READY)
 # All tests, the S3 server included: it comes with the environment and is started by the tests that need it.
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Kill jobs at random, and break their storage at random, for long; LOOPS=20 MINUTES=2 for less.
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --loops $(LOOPS) --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -42,6 +49,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/synthesis.py
 	$(BIN)/python benchmarks/opening.py
 	$(BIN)/python benchmarks/opening.py --s3 --latency 0.05
+	$(BIN)/python benchmarks/faults.py
 
 venv: $(READY)
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from phema_dist.target import ConstantBeta, Explicit, Power, Target, UniformTail
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
-    from phema_dist.storage.run import Run, Snapshot
+    from phema_dist.storage.store import Store
     from phema_dist.synthesis.consolidate import Progress
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -30,22 +30,22 @@ _SECONDS_TO_TELL = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0, or 1 after a failure that is told in one line; usage errors exit with 2."""
+    """Run a command. Returns 0, or 1 after a failure, told in a line, or damage; usage errors exit with 2."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="phema: %(levelname)s: %(message)s")
     try:
-        arguments.command(arguments)
+        code: int | None = arguments.command(arguments)
     except (PhemaError, OSError, ImportError) as error:
         print(f"phema: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="phema", description="Look at the snapshots of a training run, and make averages of any length from them."
+        prog="phema", description="Look after the snapshots of a training run, and make averages of any length of them."
     )
     parser.add_argument("--version", action="version", version=f"phema-dist {version('phema-dist')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -57,6 +57,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(listing)
     listing.add_argument("--json", action="store_true", help="print JSON, for programs")
     listing.set_defaults(command=_ls)
+
+    checking = commands.add_parser(
+        "verify", help="read everything, and name what is wrong", epilog="example: phema verify s3://bucket/run",
+        description="Read every byte of a run and compare it with what was written. Damage is named, and makes the "
+        "exit code 1; what is incomplete is noted. A job may write meanwhile.",
+    )  # fmt: skip
+    _add_run(checking)
+    checking.add_argument("--json", action="store_true", help="print JSON, for programs")
+    checking.set_defaults(command=_verify)
+
+    removing = commands.add_parser(
+        "gc", help="remove what is dead", epilog="example: phema gc s3://bucket/run --dry-run",
+        description="Remove what nobody will finish (parts of snapshots, puts that were cut off), and snapshots that "
+        "were given up and that the run has gone beyond. Never pins, the newest complete snapshot, what a job writes.",
+    )  # fmt: skip
+    _add_run(removing)
+    removing.add_argument("--abandoned", action="store_true", help="all snapshots that were given up (hidden in ls)")
+    removing.add_argument(
+        "--keep", type=int, metavar="N", help="of complete snapshots the N that serve all lengths best"
+    )
+    removing.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    removing.set_defaults(command=_gc)
 
     making = commands.add_parser(
         "synthesize", help="make averages of any length as checkpoint files",
@@ -201,38 +223,45 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _ls(arguments: argparse.Namespace) -> None:
-    from phema_dist.storage.run import open_run  # noqa: PLC0415  --help need not wait for torch
+    from phema_dist import report  # noqa: PLC0415  --help need not wait for torch
+    from phema_dist.storage.run import open_run  # noqa: PLC0415
+
+    run = open_run(_open(arguments))
+    print(json.dumps(report.listing_facts(run), indent=2) if arguments.json else report.listing(run))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from phema_dist import report  # noqa: PLC0415
+    from phema_dist.storage.verify import verify  # noqa: PLC0415
+
+    store = _open(arguments)
+    with _progress_bar() as progress:
+        verdict = verify(store, progress)
+    print(
+        json.dumps({"url": store.url, **asdict(verdict)}, indent=2)
+        if arguments.json
+        else report.verdict(store, verdict)
+    )
+    return 1 if verdict.problems else 0
+
+
+def _gc(arguments: argparse.Namespace) -> None:
+    from phema_dist import report  # noqa: PLC0415
+    from phema_dist.storage.gc import collect_garbage  # noqa: PLC0415
+
+    store, removed = _open(arguments), []
+    for garbage in collect_garbage(
+        store, keep=arguments.keep, abandoned=arguments.abandoned, dry_run=arguments.dry_run
+    ):
+        removed.append(garbage)
+        print(report.removal(garbage), flush=True)
+    print(report.removals(store, removed, dry_run=arguments.dry_run))
+
+
+def _open(arguments: argparse.Namespace) -> Store:
     from phema_dist.storage.store import open_store  # noqa: PLC0415
 
-    run = open_run(open_store(arguments.run, arguments.storage_options))
-    snapshots = sorted([*run.snapshots, *run.abandoned], key=lambda s: (s.t, s.attempt))
-    rows = [_snapshot_facts(run, snapshot) for snapshot in snapshots]
-    if arguments.json:
-        info = {"url": run.store.url, "sigma_rels": run.info.sigma_rels, "t_unit": run.info.t_unit}
-        print(json.dumps({**info, "origin": run.info.origin, "snapshots": rows}, indent=2))
-        return
-    tracked = ", ".join(f"{s:g}" for s in run.info.sigma_rels)
-    print(f"{run.store.url}: sigma_rels {tracked}, {len(run.info.tensors)} tensors, t in {run.info.t_unit}")
-    print(f"{'t':>12}  {'attempt':>7}  {'ranks':>5}  {'bytes':>15}  state")
-    for row in rows:
-        ranks = row["ranks"] or "?"
-        print(f"{row['t']:>12}  {row['attempt']:>7}  {ranks:>5}  {row['bytes']:>15,}  {row['state']}")
-
-
-def _snapshot_facts(run: Run, snapshot: Snapshot) -> dict[str, Any]:
-    attempts = {attempt.number: attempt for attempt in run.attempts}
-    state = f"incomplete: {snapshot.problem}" if snapshot.problem else "complete"
-    if snapshot in run.abandoned:
-        newest = run.attempts[-1]
-        state = f"hidden: the newest attempt, {newest.number}, went on from t={newest.t} of {newest.parent} ({state})"
-    return {
-        "t": snapshot.t,
-        "attempt": snapshot.attempt,
-        "complete": snapshot.problem is None and snapshot not in run.abandoned,
-        "ranks": attempts[snapshot.attempt].world_size if snapshot.attempt in attempts else None,
-        "bytes": snapshot.num_bytes,
-        "state": state,
-    }
+    return open_store(arguments.run, arguments.storage_options)
 
 
 def _synthesize(arguments: argparse.Namespace) -> None:
@@ -247,7 +276,6 @@ def _synthesize(arguments: argparse.Namespace) -> None:
 
     import torch  # noqa: PLC0415  --help need not wait for torch
 
-    from phema_dist.storage.store import open_store  # noqa: PLC0415
     from phema_dist.synthesis.checkpoint import Form  # noqa: PLC0415
     from phema_dist.synthesis.consolidate import write_checkpoints  # noqa: PLC0415
     from phema_dist.synthesis.request import Request  # noqa: PLC0415
@@ -262,7 +290,7 @@ def _synthesize(arguments: argparse.Namespace) -> None:
         pickled,
     )
     request = Request(tuple(targets), arguments.t, memory_bytes=arguments.memory, strict=arguments.strict)
-    store = open_store(arguments.run, arguments.storage_options)
+    store = _open(arguments)
     with _ranks() as ranks, _progress_bar(ranks) as progress:
         written = write_checkpoints(store, ranks, request, outputs, form, overwrite=arguments.force, progress=progress)
     for checkpoint in written if ranks.rank == 0 else ():
@@ -339,11 +367,11 @@ def _ranks() -> Iterator[Ranks]:
 
 
 @contextmanager
-def _progress_bar(ranks: Ranks) -> Iterator[Progress]:
+def _progress_bar(ranks: Ranks | None = None) -> Iterator[Progress]:
     """A bar of the bytes read, on rank 0's terminal; reading threads move it."""
     from tqdm import tqdm  # noqa: PLC0415
 
-    disable = True if ranks.rank else None
+    disable = True if ranks and ranks.rank else None
     with tqdm(desc="reading", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=disable) as bar:
 
         def advance(num_bytes: int, total: int) -> None:

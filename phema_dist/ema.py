@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from phema_dist import evaluation
 from phema_dist.errors import SettingsError
-from phema_dist.ranks import ALONE, Ranks, join
+from phema_dist.evaluation import StoredAverages, restore
+from phema_dist.ranks import Ranks, join
 from phema_dist.storage import run as runs
 from phema_dist.storage.store import open_store
-from phema_dist.synthesis.request import Request
-from phema_dist.target import as_target
 from phema_dist.training.attach import Attachment
-from phema_dist.training.session import DEFAULT_SIGMA_RELS, Session, Settings, begin, check_resume, check_sigma_rels
-from phema_dist.training.wrappers import is_sharded
+from phema_dist.training.session import Session, begin
+from phema_dist.training.settings import Settings, check_resume, floats, sum_dtype
+from phema_dist.training.start import check_sigma_rels
+from phema_dist.training.status import Counts, Status, describe
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import nn
     from torch.distributed import ProcessGroup
 
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("phema_dist")
 
 
-class PostHocEMA:
+class PostHocEMA(StoredAverages):
     """Averages of a model while it trains, and an average of any length afterwards.
 
     Make one with `from_model` to train, or with `from_path` to read a run. Under torchrun, make it on every rank and
@@ -45,15 +43,10 @@ class PostHocEMA:
     def __init__(self, store: Store, settings: Settings, calculation_dtype: torch.dtype = torch.float32) -> None:
         if not isinstance(settings, Settings):
             raise SettingsError("make a PostHocEMA with PostHocEMA.from_model or PostHocEMA.from_path.")
-        self._store, self._settings, self._calculation_dtype = store, settings, calculation_dtype
+        super().__init__(store, settings, calculation_dtype)
         self._model: nn.Module | None = None
         self._resume: bool | int = True  # how a run that was opened to read would go on
-        self._session: Session | None = None
-        self._ranks = ALONE  # that train together
-        self._group: ProcessGroup | None = None
         self._attachment: Attachment | None = None
-        self._borrowed = 0  # how many `model` blocks hold an average in the live model
-        self._closed = False
 
     def __repr__(self) -> str:
         return f"PostHocEMA({self._store.url!r}, t={self.t}{', closed' * self._closed})"
@@ -102,10 +95,14 @@ class PostHocEMA:
             t_unit: what t counts, for people who read the run: steps, samples, …
             prefix: before the names of this rank's tensors, where ranks hold different modules whose names collide
                 (pipeline stages, local experts).
-            on_error: "warn": a snapshot that cannot be stored is lost, and training goes on; "raise": the next call
-                raises instead.
+            on_error: "warn": a snapshot that cannot be stored is lost, and training goes on. "raise": the rank that
+                lost its part also raises StorageError, once, at the next `update_` or `close`, which have then done
+                their work (catch it to go on without that snapshot), or on all ranks at the next `model` or
+                `state_dict`.
             on_busy: "wait" for an update that comes while the two before it are still being taken in, or "skip" it,
-                which is exact for the profile; the update of a snapshot is never skipped.
+                which is exact for the profile; the update of a snapshot is never skipped. Ranks skip each for itself;
+                so with "skip", `close` and `training_state` bring the averages up to the last call of `update_`, from
+                the model as it is then.
             drain_on_sigterm: store what is queued when SIGTERM comes, for at most 15 s, then do as without this.
 
         Raises:
@@ -118,10 +115,10 @@ class PostHocEMA:
 
         def checked() -> PostHocEMA:
             settings = Settings(
-                max_checkpoints, _floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
+                max_checkpoints, floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
                 only_save_diff, update_after_step, t_unit, on_error, on_busy, drain_on_sigterm, prefix,
             )  # fmt: skip
-            ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings, _sum_dtype(calculation_dtype))
+            ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings, sum_dtype(calculation_dtype))
             ema._resume = check_resume(resume)
             return ema
 
@@ -169,7 +166,7 @@ class PostHocEMA:
             StorageError: the store cannot be reached.
         """
         settings = Settings(
-            max_checkpoints, _floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
+            max_checkpoints, floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
             only_save_diff=only_save_diff, prefix=prefix,
         )  # fmt: skip
         ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings)
@@ -199,12 +196,15 @@ class PostHocEMA:
             SettingsError: t does not grow, or the parameters are an average, inside `with ema.model(...)`.
             LayoutError: a tensor was added, removed, resized or has another dtype.
             BackgroundError: a background thread has stopped; its error is the cause.
+            StorageError: with on_error="raise", a snapshot was lost; this update is made all the same.
         """
         session = self._training(model)
         if self._attachment is not None:
             raise SettingsError("attached optimizers make the updates; update_ would count their steps twice.")
-        session.update(model, t)
-        session.writer.fence()
+        try:
+            session.update(model, t)
+        finally:
+            session.writer.fence()
 
     def attach(
         self, *optimizers: torch.optim.Optimizer, model: nn.Module | None = None, t: Callable[[], int] | None = None
@@ -247,75 +247,26 @@ class PostHocEMA:
 
         return TrainingState(self._training(None), self._ranks)
 
-    @contextmanager
-    def model(
-        self, model: nn.Module, sigma_rel: float, step: int | None = None, calculation_dtype: torch.dtype | None = None
-    ) -> Iterator[nn.Module]:
-        """Evaluate an average in place: the same object, in eval mode, with other parameters inside the block.
+    def status(self) -> Status:
+        """How the background path of this rank fares, as a dict for a log. Never waits and never communicates.
 
-        Each rank fills the part that it holds, straight from storage, and takes no accelerator memory for it.
-        Parameters, buffers and training flags come back bit for bit on any exit. Collective on an object that trains,
-        and for sharded models; the way back never communicates.
+        Counts begin when this object begins to train; an object that only reads has zeros.
 
-        Args:
-            model: the model that was averaged, wrapped or not; also a fresh one of the same architecture.
-            sigma_rel: length of the average, in (0, 0.28867].
-            step: its end; None: the newest complete snapshot.
-            calculation_dtype: of the sums, float32 or float64.
-
-        Raises:
-            ProfileError, RunError, StorageError: as `synthesize`.
-            LayoutError: the model does not have the run's tensors.
+        Returns:
+            t: as `ema.t`; where a device skips steps it learns of them an update later.
+            updates, updates_skipped, updates_refused: taken into the averages; skipped because the averages were busy
+                (`on_busy`); left out because parameters were not finite.
+            lag: updates that were copied and are not yet in the averages.
+            stall_seconds: how long `update_` has waited for the averages, in all.
+            snapshots_written, snapshots_skipped, snapshots_failed: of which this rank has stored its part; which it did
+                not take because storage was busy; which it lost, or had no finite averages for.
+            bytes: that this rank has stored in snapshots.
+            last_written_snapshot: t of the newest one whose part this rank has stored.
+            last_complete_snapshot: t of the newest one that all ranks have stored, as far as rank 0 knows: it looks
+                after each snapshot of its own, when others may still be writing theirs. None on other ranks.
+            last_error: of storage, or what stopped a thread; None if all went well.
         """
-        together = self._group is not None or is_sharded(model)
-        ranks = self._ranks if self._session else join(self._group) if together else ALONE
-        wanted = self._wanted(ranks, sigma_rel, step, calculation_dtype)
-        with evaluation.in_place(self._store, ranks, wanted, model, self._settings.prefix):
-            self._borrowed += 1
-            try:
-                yield model
-            finally:
-                self._borrowed -= 1
-
-    @contextmanager
-    def state_dict(
-        self, sigma_rel: float, step: int | None = None, calculation_dtype: torch.dtype | None = None
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        """Make an average as full CPU tensors: float32 parameters, and buffers, under the bare model's names.
-
-        Every rank that enters gets all of it, and reads all of it. Collective on an object that trains, not on one
-        from `from_path`.
-
-        Args:
-            sigma_rel: length of the average, in (0, 0.28867].
-            step: its end; None: the newest complete snapshot.
-            calculation_dtype: of the sums, float32 or float64.
-
-        Raises:
-            ProfileError, RunError, StorageError: as `synthesize`.
-        """
-        wanted = self._wanted(self._ranks, sigma_rel, step, calculation_dtype)
-        yield evaluation.full_state(self._store, self._ranks, wanted)
-
-    def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image:
-        """Draw how exactly each sigma_rel can be made: of the stored snapshots, or of those to come if there are none.
-
-        Before training this assumes `max_checkpoints` evenly spread snapshots. Not collective.
-
-        Args:
-            target_sigma_rel_range: from which sigma_rel to which; None: half the smallest tracked one to 0.28867.
-
-        Raises:
-            ImportError: matplotlib is missing: pip install "phema-dist[plot]".
-        """
-        from phema_dist import plot  # noqa: PLC0415  matplotlib only where a picture is wanted
-
-        run = runs.find_run(self._store)
-        sigma_rels = run.info.sigma_rels if run else self._settings.sigma_rels or DEFAULT_SIGMA_RELS
-        ts = [s.t - run.info.origin for s in run.complete] if run else []
-        every = self._settings.checkpoint_every
-        planned = [every * (i + 1) for i in range(self._settings.max_checkpoints)]
-        return plot.figure_to_image(plot.reconstruction_error_figure(ts or planned, sigma_rels, target_sigma_rel_range))
+        return describe(Counts()) if self._session is None else self._session.writer.status(self._session.t)
 
     def close(self, timeout: float | None = None) -> None:
         """Write a last snapshot, of the last update, and wait until all is stored. Does not communicate.
@@ -328,7 +279,7 @@ class PostHocEMA:
         """
         if self._session is not None and not self._closed:
             self._end()
-            self._session.writer.close(timeout)
+            self._session.close(timeout, borrowed=bool(self._borrowed))
 
     def __enter__(self) -> Self:
         return self
@@ -344,7 +295,7 @@ class PostHocEMA:
         """Collective: start training on the run, from its snapshot if it has one."""
         with torch.inference_mode(mode=False):  # or the background threads could not write what is made here
             self._session = begin(
-                self._store, model, ranks, self._settings, partial(evaluation.restore, self._store), resume=resume
+                self._store, model, ranks, self._settings, partial(restore, self._store), resume=resume
             )
         self._ranks = ranks
         return self._session
@@ -362,14 +313,6 @@ class PostHocEMA:
             raise SettingsError("update_ needs a model: pass it here, or to from_path.")
         return self._begin(model, join(self._group), self._resume)
 
-    def _wanted(self, ranks: Ranks, sigma_rel: float, t: int | None, dtype: torch.dtype | None) -> Request:
-        """Collective on an object that trains: what is asked for, once all that was queued is stored."""
-        dtype = self._calculation_dtype if dtype is None else _sum_dtype(dtype)
-        if self._session is not None:
-            self._session.writer.fence()
-            evaluation.check_same_t(ranks, self._session, closed=self._closed)
-        return Request((as_target(sigma_rel),), t, dtype)
-
     def _end(self) -> None:
         self._closed = True
         if self._attachment is not None:
@@ -381,16 +324,3 @@ class PostHocEMA:
 
 
 _SECONDS_AFTER_ERROR = 10.0
-
-
-def _floats(sigma_rels: Sequence[float] | None) -> tuple[float, ...] | None:
-    try:
-        return None if sigma_rels is None else tuple(map(float, sigma_rels))
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"sigma_rels must be a sequence of numbers; got {sigma_rels!r}.") from error
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in {torch.float32, torch.float64}:
-        raise SettingsError(f"calculation_dtype must be float32 or float64; got {dtype}.")
-    return dtype

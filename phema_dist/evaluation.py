@@ -11,27 +11,127 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
+import torch
+
 from phema_dist.errors import DamagedError, LayoutError
+from phema_dist.ranks import ALONE, Ranks, join
 from phema_dist.storage import run as runs
 from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_states
 from phema_dist.synthesis.recipe import Recipe, stored_recipe
 from phema_dist.synthesis.request import Request, fulfil
 from phema_dist.synthesis.stream import stream
+from phema_dist.target import as_target
 from phema_dist.training.layout import Layout, read_layout, select
 from phema_dist.training.ownership import tell_apart
 from phema_dist.training.session import require_same_t
+from phema_dist.training.settings import DEFAULT_SIGMA_RELS, Settings, sum_dtype
 from phema_dist.training.swap import swapped
+from phema_dist.training.wrappers import is_sharded
 
 if TYPE_CHECKING:
-    import torch
+    from PIL.Image import Image
     from torch import nn
+    from torch.distributed import ProcessGroup
 
-    from phema_dist.ranks import Ranks
     from phema_dist.shard import Box
     from phema_dist.storage.manifest import RunInfo
     from phema_dist.storage.store import Store
     from phema_dist.synthesis.stream import Sink
     from phema_dist.training.session import Session
+
+
+class StoredAverages:
+    """The averages of a run in storage, of any length: in a live model, as tensors, as a picture.
+
+    PostHocEMA is one that may train as well. Then it has a session, and its ranks look together, when each has stored
+    what it queued.
+    """
+
+    def __init__(self, store: Store, settings: Settings, calculation_dtype: torch.dtype = torch.float32) -> None:
+        self._store, self._settings, self._calculation_dtype = store, settings, calculation_dtype
+        self._session: Session | None = None
+        self._ranks = ALONE  # that train together
+        self._group: ProcessGroup | None = None
+        self._borrowed = 0  # how many `model` blocks hold an average in the live model
+        self._closed = False
+
+    @contextmanager
+    def model(
+        self, model: nn.Module, sigma_rel: float, step: int | None = None, calculation_dtype: torch.dtype | None = None
+    ) -> Iterator[nn.Module]:
+        """Evaluate an average in place: the same object, in eval mode, with other parameters inside the block.
+
+        Each rank fills the part that it holds, straight from storage, and takes no accelerator memory for it.
+        Parameters, buffers and training flags come back bit for bit on any exit. Collective on an object that trains,
+        and for sharded models; the way back never communicates.
+
+        Args:
+            model: the model that was averaged, wrapped or not; also a fresh one of the same architecture.
+            sigma_rel: length of the average, in (0, 0.28867].
+            step: its end; None: the newest complete snapshot.
+            calculation_dtype: of the sums, float32 or float64.
+
+        Raises:
+            ProfileError, RunError, StorageError: as `synthesize`.
+            LayoutError: the model does not have the run's tensors.
+        """
+        together = self._group is not None or is_sharded(model)
+        ranks = self._ranks if self._session else join(self._group) if together else ALONE
+        wanted = self._wanted(ranks, sigma_rel, step, calculation_dtype)
+        with in_place(self._store, ranks, wanted, model, self._settings.prefix):
+            self._borrowed += 1
+            try:
+                yield model
+            finally:
+                self._borrowed -= 1
+
+    @contextmanager
+    def state_dict(
+        self, sigma_rel: float, step: int | None = None, calculation_dtype: torch.dtype | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Make an average as full CPU tensors: float32 parameters, and buffers, under the bare model's names.
+
+        Every rank that enters gets all of it, and reads all of it. Collective on an object that trains, not on one
+        from `from_path`.
+
+        Args:
+            sigma_rel: length of the average, in (0, 0.28867].
+            step: its end; None: the newest complete snapshot.
+            calculation_dtype: of the sums, float32 or float64.
+
+        Raises:
+            ProfileError, RunError, StorageError: as `synthesize`.
+        """
+        wanted = self._wanted(self._ranks, sigma_rel, step, calculation_dtype)
+        yield full_state(self._store, self._ranks, wanted)
+
+    def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image:
+        """Draw how exactly each sigma_rel can be made: of the stored snapshots, or of those to come if there are none.
+
+        Before training this assumes `max_checkpoints` evenly spread snapshots. Not collective.
+
+        Args:
+            target_sigma_rel_range: from which sigma_rel to which; None: half the smallest tracked one to 0.28867.
+
+        Raises:
+            ImportError: matplotlib is missing: pip install "phema-dist[plot]".
+        """
+        from phema_dist import plot  # noqa: PLC0415  matplotlib only where a picture is wanted
+
+        run = runs.find_run(self._store)
+        sigma_rels = run.info.sigma_rels if run else self._settings.sigma_rels or DEFAULT_SIGMA_RELS
+        ts = [s.t - run.info.origin for s in run.complete] if run else []
+        every = self._settings.checkpoint_every
+        planned = [every * (i + 1) for i in range(self._settings.max_checkpoints)]
+        return plot.figure_to_image(plot.reconstruction_error_figure(ts or planned, sigma_rels, target_sigma_rel_range))
+
+    def _wanted(self, ranks: Ranks, sigma_rel: float, t: int | None, dtype: torch.dtype | None) -> Request:
+        """Collective on an object that trains: what is asked for, once all that was queued is stored."""
+        dtype = self._calculation_dtype if dtype is None else sum_dtype(dtype)
+        if self._session is not None:
+            self._session.writer.fence()
+            check_same_t(ranks, self._session, closed=self._closed)
+        return Request((as_target(sigma_rel),), t, dtype)
 
 
 def restore(store: Store, session: Session) -> None:

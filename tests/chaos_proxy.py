@@ -16,6 +16,7 @@ import threading
 from typing import Self
 
 _BLOCK_BYTES = 2**18
+_REQUEST = re.compile(rb"((?:GET|PUT|POST|HEAD|DELETE) \S+) HTTP/1\.1\r\n")
 
 
 class ChaosProxy:
@@ -30,6 +31,7 @@ class ChaosProxy:
         self.lose_reply_to: re.Pattern[bytes] | None = None  # let the next such request through, not its reply
         self.refuse = False  # reset new connections
         self.num_connections = 0
+        self.requests: list[str] = []  # what was asked: "PUT /bucket/key?…"
         self._upstream = upstream
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy", daemon=True)
@@ -95,6 +97,8 @@ class ChaosProxy:
             while self.black_hole:  # noqa: ASYNC110  set from another thread
                 await asyncio.sleep(0.05)
             num_bytes += len(block)
+            if upward and (request := _REQUEST.match(block)):  # a client sends none before it has the last answer
+                self.requests.append(request[1].decode())
             if self.latency_seconds:
                 await asyncio.sleep(self.latency_seconds)
             if self._must_cut(num_bytes) if upward else self._must_lose(block, both):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from phema_dist import PostHocEMA, SettingsError
+from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.training import device
 from phema_dist.training.attach import Attachment, DeviceRounds
 from phema_dist.training.device import SideStream
@@ -341,6 +342,41 @@ def test_skipped_steps_found_out_later_give_the_same_averages(
     expected_t, expected = averaged(tmp_path / "cpu")
     assert t == expected_t == 18 - len(OVERFLOWS)
     assert all(map(torch.equal, found, expected))
+
+
+def test_skipped_steps_and_skipped_updates_do_not_mix(
+    tmp_path: Path, accelerator: FakeAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds that a device skips do not count; updates that come too soon do, and the next one covers their time."""
+    allowed, update = threading.Semaphore(0), Tracker.update
+
+    def update_when_allowed(tracker: Tracker, flats: list[torch.Tensor], t: int) -> bool:
+        assert allowed.acquire(timeout=60)
+        return update(tracker, flats, t)
+
+    monkeypatch.setattr(Tracker, "update", update_when_allowed)
+    model = nn.Linear(3, 1, bias=False)
+    nn.init.ones_(model.weight)  # after k real steps it is 1 - k / 8
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, on_busy="skip", sigma_rels=(0.28,)) as ema:
+        ema.attach(optimizer)
+        for i in range(14):
+            step(model, optimizer, scaler, overflow=i in OVERFLOWS)
+            if i >= 8:
+                for _ in range(14):
+                    allowed.release()
+                ema._session.writer.settle()
+        assert ema.t == ema.status()["t"] == 14 - len(OVERFLOWS)
+        assert ema.status()["updates_skipped"] >= 4
+        times = ema._session.tracker.history.times().tolist()
+        assert times[-5:] == [6, 7, 8, 9, 10]
+        assert len(times) < 9
+        wanted, before, gamma = 0.0, 0, sigma_rel_to_gamma(0.28)
+        for t in times:
+            keep = (before / t) ** (gamma + 1)
+            wanted, before = keep * wanted + (1 - keep) * (1 - t / 8), t
+        torch.testing.assert_close(ema._session.tracker.averages[0][0], torch.full((3,), wanted))
 
 
 @pytest.mark.parametrize("fenced", [True, False])

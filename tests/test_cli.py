@@ -59,6 +59,11 @@ def test_ls_and_synthesize_on_every_kind_of_storage(
     listing = json.loads(capsys.readouterr().out)
     assert [row["t"] for row in listing["snapshots"]] == [10, 20, 30, 40, 50, 60]
     assert all(row["complete"] and row["bytes"] > 0 for row in listing["snapshots"])
+    for command in ("verify", "gc"):
+        assert main([command, run[0], *options_of(run)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"{run[0]}: no damage; 6 complete snapshots, ")
+    assert told[1:] == [f"{run[0]}: 0 things removed, 0 bytes"]
 
     out = tmp_path / "made/average.safetensors"
     assert main(["synthesize", run[0], "--sigma-rel", "0.15", "--out", str(out), *options_of(run)]) == 0
@@ -181,6 +186,10 @@ def test_an_incomplete_snapshot_is_listed_with_its_reason(local_run: Path, capsy
         (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x", "--sharded", "--format", "pt"], 1, "consolidate"),
         (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x", "--max-file-size", "big"], 2, "500MB"),
         (["synthesize", "RUN", "--sigma-rel", "0.1", "--out", "x", "--memory", "0"], 2, "500MB"),
+        (["verify", "nowhere"], 1, "nowhere must hold a run of phema-dist"),
+        (["gc", "nowhere"], 1, "nowhere must hold a run of phema-dist"),
+        (["gc", "RUN", "--keep", "0"], 1, "keep must be at least 1; got 0"),
+        (["gc", "RUN", "--keep", "some"], 2, "some"),
         (["consolidate", "RUN", "--out", "x"], 1, "rank-*-of-*.safetensors"),
         (["ls", "RUN", "--storage-options", "[1]"], 2, "JSON object"),
         ([], 2, "COMMAND"),
@@ -214,7 +223,7 @@ def test_a_poor_certificate_warns_and_does_not_fail(local_run: Path, tmp_path: P
     assert "left out a snapshot that cannot be used, t=10" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["ls", "synthesize", "consolidate"])
+@pytest.mark.parametrize("command", ["ls", "verify", "gc", "synthesize", "consolidate"])
 def test_help_has_an_example_that_runs(
     command: str, local_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -564,21 +564,6 @@ def test_a_failed_put_costs_that_snapshot_only(
     assert "rank 0, t=30: the snapshot is lost, training goes on: the disk is full" in caplog.text
 
 
-def test_a_dead_thread_is_told_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def put(self: LocalStore, key: str, data: bytes | bytearray) -> None:
-        raise ZeroDivisionError("a bug of ours")
-
-    model = nn.Linear(4, 4)
-    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2)
-    monkeypatch.setattr(LocalStore, "put", put)
-    with pytest.raises(BackgroundError, match="phema-storage stopped: a bug of ours") as caught:
-        for _ in range(10_000):
-            ema.update_(model)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    with pytest.raises(BackgroundError):
-        ema.close()
-
-
 def test_non_finite_parameters_never_enter_an_average(tmp_path: Path) -> None:
     torch.manual_seed(0)
     values = torch.randn(60, 4, 4)

@@ -51,7 +51,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
         exec(block, names)  # noqa: S102
 
     commands = [line.partition("#")[0] for line in text.splitlines() if line.startswith("phema ")]
-    assert len(commands) == 5
+    assert len(commands) == 8
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
     assert (tmp_path / "ema.safetensors").exists()

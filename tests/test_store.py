@@ -13,20 +13,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from chaos_proxy import ChaosProxy
 from s3_server import READER, S3Server
 
 from phema_dist.errors import AccessError, KeyExistsError, KeyMissingError, SettingsError, StorageError
+from phema_dist.storage import carrier
 from phema_dist.storage.store import Store, open_store
 
 MIB = 2**20
 
 
-@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])
+S3_CLIENTS = [pytest.param(client, marks=pytest.mark.s3) for client in ("s3fs", "obstore")]
+
+
+@pytest.fixture(params=["local", "memory", *S3_CLIENTS])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "s3":
-        return open_store(*request.getfixturevalue("s3_url"))
+    if request.param in {"s3fs", "obstore"}:
+        url, options = request.getfixturevalue("s3_url")
+        return open_store(url, options | {"client": request.param})
     return open_store(f"memory://{tmp_path.name}/run" if request.param == "memory" else tmp_path / "run")
 
 
@@ -178,21 +184,52 @@ def test_a_key_stays_below_the_store(store: Store) -> None:
 
 
 def test_a_forked_child_makes_its_own_client(store: Store) -> None:
-    store.put("parent", b"here")
+    data = os.urandom(5 * MIB)  # carried by obstore, where it is used
+    store.put("parent", data)
+    assert read(store, "parent", 0, 5 * MIB) == data
     child = os.fork()
     if child == 0:  # never return into pytest
         signal.alarm(30)
         ok = False
         try:
+            ok = read(store, "parent", 0, 5 * MIB) == data
             if not store.url.startswith("/"):
-                store.put("child", b"there")
-                ok = store.get("parent") == b"here" and list(store._clients)[1:] == [os.getpid()]
-            else:
-                ok = store.get("parent") == b"here"
+                store.put("child", data)
+                ok &= store.get("child") == data and list(store._clients)[1:] == [os.getpid()]
         finally:
             os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert store.get("parent") == b"here"
+    assert read(store, "parent", 0, 5 * MIB) == data
+
+
+def test_unfinished_puts_are_listed_and_discarded_one_by_one(any_store_url: tuple[str, dict[str, Any]]) -> None:
+    url, options = any_store_url
+    store, other = open_store(url, options), open_store(f"{url}-2", options)
+    assert store.unfinished() == {}
+    store.put("old/b", b"1")
+    for folder, key in (("", "old/a"), ("", "old/b"), ("-2", "old/a")):
+        begin_put(f"{url}{folder}", key, options)
+    one, two = store.unfinished()
+    found = sorted(store.unfinished().values())
+    assert found == ["old/a", "old/b"] if options else all(re.fullmatch(r"old/\..*tmp", path) for path in found)
+    store.discard([one])
+    assert list(store.unfinished()) == [two]
+    store.discard([one, two])  # one is gone already
+    assert store.unfinished() == {}
+    assert len(other.unfinished()) == 1
+    assert store.list() == {"old/b": 1}
+
+
+def begin_put(url: str, key: str, options: dict[str, Any]) -> None:
+    """Leave what a put leaves whose process was killed."""
+    if not options:
+        path = Path(f"{url}/{key}").parent / f".{os.urandom(8).hex()}.tmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+        return
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **options)
+    bucket, _, folder = url.removeprefix("s3://").partition("/")
+    filesystem.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{folder}/{key}")
 
 
 # Opening.
@@ -251,6 +288,33 @@ def test_storage_options_win_over_our_defaults() -> None:
     assert filesystem.config_kwargs["signature_version"] == "s3v4"
     assert filesystem.config_kwargs["connect_timeout"] == 5
     assert filesystem.config_kwargs["max_pool_connections"] == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "is_installed", "says"),
+    [
+        ({"client": "boto3"}, True, 'client must be "obstore" or "s3fs"; got \'boto3\''),
+        ({"client": "obstore"}, False, "not installed: install phema-dist with its extra [s3]"),
+    ],
+)
+def test_a_client_that_is_not_there_is_a_settings_error(
+    options: dict[str, Any], is_installed: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carrier, "installed", lambda: is_installed)
+    with pytest.raises(SettingsError, match=re.escape(says)):
+        open_store("s3://bucket/run", options)
+
+
+def test_obstore_is_the_default_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_store("s3://bucket/run")._carries()
+    assert not open_store("s3://bucket/run", {"client": "s3fs"})._carries()
+    assert not open_store("s3://bucket/run", {"client_kwargs": {"verify": "/ca.pem"}})._carries()
+    assert "allow_invalid_certificates" not in carrier.opened("https://bucket/run", 1.0).client_options
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    carrier.installed.cache_clear()
+    assert not open_store("s3://bucket/run")._carries()
+    monkeypatch.undo()
+    carrier.installed.cache_clear()
 
 
 # The local disk.
@@ -425,11 +489,16 @@ def test_an_endpoint_that_does_not_answer_is_one_error_in_time(
         assert max(pool.map(seconds, every_verb(store))) < 10
 
 
-@pytest.mark.s3
+@pytest.fixture(params=S3_CLIENTS)
+def far(request: pytest.FixtureRequest, proxy: ChaosProxy, s3_server: S3Server) -> dict[str, Any]:
+    """Options for the way through the proxy, once by each client."""
+    return s3_server.options(endpoint=proxy.endpoint) | {"client": request.param}
+
+
 def test_a_connection_cut_in_a_put_is_made_good(
-    proxy: ChaosProxy, s3_server: S3Server, s3_url: tuple[str, dict[str, Any]]
+    proxy: ChaosProxy, s3_server: S3Server, s3_url: tuple[str, dict[str, Any]], far: dict[str, Any]
 ) -> None:
-    store = open_store(s3_url[0], s3_server.options(endpoint=proxy.endpoint))
+    store = open_store(s3_url[0], far)
     for num_bytes in (8 * MIB, 40 * MIB):
         proxy.cut_after_bytes, proxy.cuts_left = 3 * MIB, 2
         data = os.urandom(num_bytes)
@@ -440,13 +509,12 @@ def test_a_connection_cut_in_a_put_is_made_good(
     assert num_uploads(s3_server, s3_url[0]) == 0
 
 
-@pytest.mark.s3
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("num_bytes", [8 * MIB, 40 * MIB])
 def test_a_put_cut_for_good_leaves_nothing_and_harms_nothing(
-    proxy: ChaosProxy, s3_server: S3Server, s3_url: tuple[str, dict[str, Any]], num_bytes: int
+    proxy: ChaosProxy, s3_server: S3Server, s3_url: tuple[str, dict[str, Any]], num_bytes: int, far: dict[str, Any]
 ) -> None:
-    store = open_store(s3_url[0], s3_server.options(endpoint=proxy.endpoint), deadline_seconds=1)
+    store = open_store(s3_url[0], far, deadline_seconds=1)
     store.put("old", b"old")
     proxy.cut_after_bytes, proxy.cuts_left = 3 * MIB, 10**9
     with pytest.raises(StorageError, match=r"writing .*/new: failed after"):
@@ -459,12 +527,15 @@ def test_a_put_cut_for_good_leaves_nothing_and_harms_nothing(
     assert store.get("new") == b"new"
 
 
-@pytest.mark.s3
 @pytest.mark.usefixtures("impatient")
 def test_a_put_that_hangs_midway_ends_and_its_upload_is_aborted(
-    proxy: ChaosProxy, s3_server: S3Server, s3_url: tuple[str, dict[str, Any]], caplog: pytest.LogCaptureFixture
+    proxy: ChaosProxy,
+    s3_server: S3Server,
+    s3_url: tuple[str, dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    far: dict[str, Any],
 ) -> None:
-    store = open_store(s3_url[0], s3_server.options(endpoint=proxy.endpoint), deadline_seconds=1)
+    store = open_store(s3_url[0], far, deadline_seconds=1)
     proxy.bytes_per_second = 2 * MIB  # far too slow for the deadline: it is cancelled in the middle of its parts
     with pytest.raises(StorageError, match=r"writing .*/slow: failed after"):
         store.put("slow", bytearray(40 * MIB))
@@ -482,14 +553,13 @@ def test_a_put_that_hangs_midway_ends_and_its_upload_is_aborted(
     assert open_store(*s3_url).list() == {}
 
 
-@pytest.mark.s3
 @pytest.mark.parametrize(
     ("num_bytes", "request_line"), [(1000, rb"PUT "), (40 * MIB, rb"POST \S*uploadId=")], ids=["one", "parts"]
 )
 def test_a_put_whose_reply_is_lost_succeeds_if_the_bytes_are_there(
-    proxy: ChaosProxy, s3_server: S3Server, s3_url: tuple[str, dict[str, Any]], num_bytes: int, request_line: bytes
+    proxy: ChaosProxy, s3_url: tuple[str, dict[str, Any]], num_bytes: int, request_line: bytes, far: dict[str, Any]
 ) -> None:
-    store = open_store(s3_url[0], s3_server.options(endpoint=proxy.endpoint))
+    store = open_store(s3_url[0], far)
     proxy.lose_reply_to = re.compile(request_line)
     data = os.urandom(num_bytes)
     store.put("a", data)
@@ -501,11 +571,10 @@ def test_a_put_whose_reply_is_lost_succeeds_if_the_bytes_are_there(
     assert store.get("a") == data
 
 
-@pytest.mark.s3
 def test_reads_over_a_lossy_line_are_whole(
-    proxy: ChaosProxy, s3_server: S3Server, s3_url: tuple[str, dict[str, Any]]
+    proxy: ChaosProxy, s3_url: tuple[str, dict[str, Any]], far: dict[str, Any]
 ) -> None:
-    store = open_store(s3_url[0], s3_server.options(endpoint=proxy.endpoint))
+    store = open_store(s3_url[0], far)
     data = os.urandom(4 * MIB)
     store.put("a", data)
     proxy.latency_seconds = 0.002
@@ -513,3 +582,112 @@ def test_reads_over_a_lossy_line_are_whole(
         proxy.lose_reply_to = re.compile(rb"GET ")
         assert read(store, "a", MIB, 2 * MIB) == data[MIB : 3 * MIB]
         assert proxy.lose_reply_to is None
+
+
+# S3: what is asked of it, and by whom.
+
+
+def test_a_put_takes_few_requests_and_obstore_carries_what_is_big(
+    proxy: ChaosProxy, s3_url: tuple[str, dict[str, Any]], far: dict[str, Any]
+) -> None:
+    store, carries = open_store(s3_url[0], far), far["client"] == "obstore"
+    store.put("small", b"1" * MIB)
+    assert [line.split()[0] for line in proxy.requests] == ["PUT"]
+    data = bytearray(os.urandom(70 * MIB))
+    proxy.requests.clear()
+    store.put("big", data)
+    parts = [line for line in proxy.requests if "partNumber=" in line]
+    assert len(parts) == (2 if carries else 5)
+    assert len(proxy.requests) == len(parts) + 2
+    assert all(("X-Amz-Signature" in line) == carries for line in parts)
+    proxy.requests.clear()
+    for start in (0, 63 * MIB + 1, 69 * MIB):
+        assert read(store, "big", start, MIB) == data[start : start + MIB]
+    assert len(proxy.requests) == 3
+    assert all(("X-Amz-Signature" in line) == carries for line in proxy.requests)
+
+
+@pytest.mark.s3
+def test_only_the_first_big_put_in_a_while_waits_for_a_moment(
+    s3_url: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+    monkeypatch.setattr("phema_dist.storage.s3.random.uniform", lambda *between: waits.append(between) or 0)
+    store = open_store(*s3_url)
+    for key, num_bytes, num_waits in (("a", 1, 0), ("b", 5 * MIB, 1), ("c", 5 * MIB, 1), ("d", 1, 1)):
+        store.put(key, bytearray(num_bytes))
+        assert len(waits) == num_waits
+    store._busy_until = 0.0
+    store.put("e", bytearray(5 * MIB))
+    assert waits == [(0, 0.25)] * 2
+
+
+@pytest.mark.s3
+def test_what_obstore_cannot_do_s3fs_does(
+    s3_url: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(*s3_url)
+
+    def failing(message: str) -> Any:
+        async def fail(*_: object) -> Any:
+            raise RuntimeError(f"http://host/?X-Amz-Credential=hush: {message}")
+
+        return fail
+
+    data = os.urandom(9 * MIB)
+    with caplog.at_level(logging.DEBUG, "phema_dist"):
+        for attempt, message in enumerate(("connection reset", "non-2xx status code: 403 Forbidden")):
+            assert store._carries()
+            for verb in ("send", "fetch"):
+                monkeypatch.setattr(carrier, verb, failing(message))
+            store.put(f"{attempt}", data)
+            assert read(store, f"{attempt}", 1, 2 * MIB) == data[1 : 1 + 2 * MIB]
+    assert not store._carries()  # a server that refuses signed URLs is asked for no more of them
+    assert "obstore failed" in caplog.text
+    assert "hush" not in caplog.text
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("client", ["s3fs", "obstore"])
+def test_a_profile_of_the_aws_files_is_enough(
+    s3_url: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: str
+) -> None:
+    url, options = s3_url
+    (tmp_path / "credentials").write_text(
+        f"[default]\naws_access_key_id=x\naws_secret_access_key=y\n\n"
+        f"[runs]\naws_access_key_id={options['key']}\naws_secret_access_key={options['secret']}\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", options["endpoint_url"])
+    carried = []
+    send = carrier.send
+    monkeypatch.setattr(carrier, "send", lambda *args: carried.append(1) or send(*args))
+    store = open_store(url, {"profile": "runs", "client": client})
+    store.put("a", os.urandom(5 * MIB))
+    assert store.list() == {"a": 5 * MIB}
+    assert len(carried) == (client == "obstore")
+    for refused in ({}, {"anon": True}):
+        with pytest.raises(AccessError):
+            open_store(url, {"client": client, **refused}).put("b", b"1")
+
+
+@pytest.mark.s3
+def test_an_odd_answer_is_no_settings_error_once_the_store_has_worked(
+    s3_url: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, options = s3_url
+    store, new = (open_store(url, options | {"client": "s3fs"}, deadline_seconds=0.5) for _ in range(2))
+    store.put("a", b"1")
+
+    async def stumble(*_: object, **__: object) -> None:
+        raise KeyError("ETag")
+
+    for each in (store, new):
+        filesystem = each._client().filesystem
+        for verb in ("_cat_file", "_pipe_file", "_call_s3"):
+            monkeypatch.setattr(filesystem, verb, stumble)
+    for verb in (lambda s: s.get("a"), lambda s: s.put("b", b"1"), lambda s: read(s, "a", 0, 1), lambda s: s.list()):
+        with pytest.raises(StorageError, match="KeyError: 'ETag'"):
+            verb(store)
+        with pytest.raises(SettingsError, match="KeyError: 'ETag'"):
+            verb(new)

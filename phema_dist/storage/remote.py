@@ -22,6 +22,7 @@ from phema_dist.errors import AccessError, KeyExistsError, KeyMissingError, Phem
 from phema_dist.storage.key import checked
 
 _T = TypeVar("_T")
+Buffer = bytes | memoryview
 
 DEADLINE_SECONDS = 20.0  # for a small answer, retries included: a mistyped setting shows within this
 PUT_PATIENCE = 3  # a put may take three times that: object stores restart, and the write is worth it
@@ -43,6 +44,7 @@ _NO_CREDENTIALS = {
     "TokenRetrievalError",
     "ProfileNotFound",
 }
+_ODD_REPLY = (TypeError, ValueError, KeyError, AttributeError, IndexError)  # out of a client's parser
 _BROKEN_CONNECTION = {  # of botocore and aiohttp, by name: no client library is imported here
     "ConnectionError",
     "HTTPClientError",
@@ -128,6 +130,7 @@ class FsspecStore:
         self._url, self._options, self.deadline_seconds = url.rstrip("/"), options, deadline_seconds
         self.url = re.sub(r"://[^/@]*@", "://", self._url)
         self._clients: dict[int, Client] = {}  # by process: connections do not survive a fork
+        self._worked = False  # once it did, its settings are right
         self._client()
 
     def put(self, key: str, data: bytes | bytearray) -> None:
@@ -170,10 +173,9 @@ class FsspecStore:
         if not buffer:
             return
 
-        def read(client: Client, seconds: float, _: int) -> bytes:
-            path, end = f"{client.root}/{key}", start + len(buffer)
+        def read(client: Client, seconds: float, _: int) -> Buffer:
             try:
-                return bytes(client.call(seconds, "cat_file", path, start=start, end=end))
+                return self._range(client, f"{client.root}/{key}", start, start + len(buffer), seconds)
             except Exception as error:
                 if answer_of(error).status == _PAST_THE_END:
                     return b""
@@ -249,6 +251,9 @@ class FsspecStore:
             ) from error
         return Client(filesystem, root, threading.Lock())
 
+    def _range(self, client: Client, path: str, start: int, stop: int, seconds: float) -> Buffer:
+        return bytes(client.call(seconds, "cat_file", path, start=start, end=stop))
+
     def _create(self, client: Client, write: Write, seconds: float) -> None:
         if client.filesystem.async_impl and client.call(seconds, "exists", write.path):
             raise FileExistsError(write.path)
@@ -273,15 +278,21 @@ class FsspecStore:
         retrying = tenacity.Retrying(
             stop=tenacity.stop_before_delay(2 * seconds),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
-            retry=tenacity.retry_if_exception(_is_transient),
+            retry=tenacity.retry_if_exception(lambda error: _is_transient(error) or self._is_odd(error)),
             reraise=True,
         )
         try:
-            return retrying(lambda: action(client, seconds, next(attempts)))
+            result = retrying(lambda: action(client, seconds, next(attempts)))
         except PhemaError:
             raise
         except Exception as error:
             raise self._translated(error, f"{doing} {self.describe(key)}", next(attempts) - 1) from error
+        self._worked = True
+        return result
+
+    def _is_odd(self, error: BaseException) -> bool:
+        """Whether a client stumbled over an answer: settings that worked are not what it stumbled over."""
+        return self._worked and isinstance(error, _ODD_REPLY) and not isinstance(error, PhemaError)
 
     def _translated(self, error: Exception, what: str, num_attempts: int) -> PhemaError:
         """Return our error for what the store or its client said."""
@@ -296,7 +307,7 @@ class FsspecStore:
             )
         if isinstance(error, FileNotFoundError):
             return KeyMissingError(f"{what}: not there ({said}); check the bucket and the key. Buckets are not made.")
-        if isinstance(error, TypeError | ValueError | KeyError):
+        if isinstance(error, _ODD_REPLY) and not self._worked:
             return SettingsError(f"{what}: the client rejects its settings ({said}); check URL and storage_options.")
         return StorageError(
             f"{what}: failed after {num_attempts} attempts ({said}); check that the endpoint is reachable and healthy."

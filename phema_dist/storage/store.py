@@ -73,6 +73,8 @@ def open_store(
         url: where the keys live. `//` inside it is kept, a trailing slash is not.
         storage_options: for fsspec's filesystem, as in `s3fs.S3FileSystem(**storage_options)`; they win over our
             defaults. What they leave open comes from the client's environment (AWS_* variables, profiles, roles).
+            For S3, `client` may be "s3fs", so that obstore is not used where it is installed, or "obstore", which
+            then must be there.
         deadline_seconds: how long a remote read, list or delete may take, retries included, plus its bytes at
             half a MiB/s; a put may take three times as long, plus its bytes.
 

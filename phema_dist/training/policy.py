@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from phema_dist import schedule
 from phema_dist.errors import RunError, StorageError
 from phema_dist.storage import run as runs
+from phema_dist.storage.gc import dead_puts, left_behind, not_kept, partials
 from phema_dist.storage.manifest import Attempt, attempt_key
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def check_not_superseded(place: Place, newest: int) -> None:
 def tidy(place: Place, t: int, known: runs.Known, told: set[int]) -> None:
     """On rank 0: delete what retention no longer needs, counting the snapshot at t, which may not be whole yet.
 
-    What stays, and is older than the newest complete snapshot, gets an index.
+    Also what nobody will finish and, at the first turn of an attempt, what the puts of earlier ones have left. What
+    stays, and is older than the newest complete snapshot, gets an index.
 
     Args:
         place: where.
@@ -96,27 +97,21 @@ def tidy(place: Place, t: int, known: runs.Known, told: set[int]) -> None:
         known: what was read of the run before, brought up to date.
         told: t of incomplete snapshots that were reported, brought up to date.
     """
+    is_first = all(snapshot.attempt != place.attempt.number for _, snapshot in known.values())
     run = runs.open_run(place.store, known)
     check_not_superseded(place, run.attempts[-1].number if run.attempts else -1)
     _tell_incomplete(place, run, t, told)
+    if is_first:  # of this attempt: to list them costs a request
+        place.store.discard(dead_puts(run, place.store.unfinished()))
+    unwanted = {s.folder: s for s in (*partials(run), *left_behind(run), *not_kept(run, place.max_checkpoints, t))}
+    for number, folder in enumerate(unwanted):
+        if number:  # the others took their time
+            check_not_superseded(place, runs.newest_attempt(place.store))
+        runs.delete_snapshot(place.store, folder)
     newest = run.newest()
-    if newest is None:
-        return
-    ts = {s.t for s in run.complete} | {t}
-    keep = schedule.snapshots_to_keep(
-        [x - place.origin for x in ts], place.sigma_rels, place.max_checkpoints,
-        protected={x - place.origin for x in run.pins | {newest.t}},
-    )  # fmt: skip
-    unwanted = [s for s in run.complete if s.t - place.origin not in keep]
-    if newest.attempt == place.attempt.number:
-        # A rank writes its snapshots in order. So where a later one is complete, no rank will finish this one.
-        too_old = run.complete[-2].t if len(run.complete) > 1 else 0
-        unwanted += [s for s in run.snapshots if s.unfinished and s.t < too_old]
-        unwanted += [s for s in run.abandoned if s.t <= newest.t and s.t not in run.pins]
-    for snapshot in unwanted:
-        runs.delete_snapshot(place.store, snapshot.folder)
-    kept = (s for s in run.complete if s.t < newest.t and s.t - place.origin in keep)
-    _write_indexes(place, (s for s in kept if s.folder not in run.indexed))
+    if newest is not None:
+        kept = (s for s in run.complete if s.t < newest.t and s.folder not in unwanted)
+        _write_indexes(place, (s for s in kept if s.folder not in run.indexed))
 
 
 def _write_indexes(place: Place, snapshots: Iterable[runs.Snapshot]) -> None:

@@ -1,0 +1,167 @@
+"""What of a run can go, and the one who removes it when no job does.
+
+A look at the run says what is dead: what nobody will finish, what a newer attempt has gone beyond, what retention does
+not keep. What the newest attempt may still be writing is not, nor are pins and the newest complete snapshot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from phema_dist import schedule
+from phema_dist.errors import KeyMissingError, SettingsError
+from phema_dist.storage.manifest import INDEX_NAME
+from phema_dist.storage.run import delete_snapshot, newest_attempt, open_run
+
+if TYPE_CHECKING:
+    from phema_dist.storage.run import Known, Run, Snapshot
+    from phema_dist.storage.store import Store
+
+_OF_SNAPSHOT = re.compile(r"snapshots/(\d+)-a(\d+)(/sigma_rel-)?")  # a shard or its folder has all three
+_LOOKS = 5  # at a run that changes while we look
+_LATER = 2  # complete snapshots of the same attempt, after which nobody finishes an earlier one
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something to remove: a snapshot, or what a put left that has not ended."""
+
+    key: str  # of the snapshot's folder, or what the put was to write
+    why: str
+    num_bytes: int | None  # None: the store does not say
+    handle: str | None = None  # of the put
+
+
+def collect_garbage(
+    store: Store, *, keep: int | None = None, abandoned: bool = False, dry_run: bool = False
+) -> Iterator[Garbage]:
+    """Remove what is dead, one thing after the other, and yield what was removed; a job may write meanwhile.
+
+    Args:
+        store: where the run lives.
+        keep: how many complete snapshots to keep, those that serve every sigma_rel best; None: all of them.
+        abandoned: also remove all that is hidden because a newer attempt went on from an earlier t.
+        dry_run: remove nothing.
+
+    Raises:
+        RunError: there is no run.
+        StorageError: something could not be removed; the rest is as it was.
+    """
+    if keep is not None and keep < 1:
+        raise SettingsError(f"keep must be at least 1; got {keep}.")
+    known: Known = {}
+    done: set[str] = set()
+    looks_left = _LOOKS
+    while True:
+        try:
+            run = open_run(store, known)
+        except KeyMissingError:  # somebody deletes, too
+            looks_left -= 1
+            if not looks_left:
+                raise
+            continue
+        if not run.attempts:
+            return
+        for garbage in chain(_dead_snapshots(run, keep, abandoned=abandoned), _dead_puts(store, run)):
+            if (name := garbage.handle or garbage.key) in done:
+                continue
+            if not dry_run and newest_attempt(store) != run.attempts[-1].number:
+                break  # somebody goes on with the run, perhaps from here: look again
+            done.add(name)
+            if dry_run or _remove(store, garbage, known):
+                yield garbage
+        else:
+            return
+
+
+def partials(run: Run) -> list[Snapshot]:
+    """Snapshots that lack a manifest, and that nobody will finish.
+
+    A superseded job stops. And a rank writes its snapshots in order: it has done with what comes before others that are
+    complete.
+    """
+    complete: dict[int, list[int]] = {}  # by attempt
+    for snapshot in (*run.snapshots, *run.abandoned):
+        if snapshot.problem is None:
+            complete.setdefault(snapshot.attempt, []).append(snapshot.t)
+
+    def is_dead(snapshot: Snapshot) -> bool:
+        later = sum(t > snapshot.t for t in complete.get(snapshot.attempt, ()))
+        return snapshot.attempt < run.attempts[-1].number or later >= _LATER
+
+    return [s for s in (*run.snapshots, *run.abandoned) if s.unfinished and s.t not in run.pins and is_dead(s)]
+
+
+def left_behind(run: Run, *, abandoned: bool = False) -> list[Snapshot]:
+    """Hidden snapshots that a newer attempt has gone beyond with a complete one; or all of them.
+
+    Where the record of an attempt is lost, who went on from where is not known, and nothing is left behind.
+    """
+    numbers = {attempt.number for attempt in run.attempts}
+    if not all(a.parent is None or a.parent in numbers for a in run.attempts):
+        return []
+    mine = [s.t for s in run.complete if s.attempt == run.attempts[-1].number]
+    limit = float("inf") if abandoned else max(mine, default=0)
+    hidden = [s for s in run.abandoned if s.attempt in numbers and s.t not in run.pins and s.t <= limit]
+    if run.newest() is None:  # all that there is to go back to
+        whole = [s for s in run.abandoned if s.problem is None]
+        hidden = [s for s in hidden if s not in whole[-1:]]
+    return hidden
+
+
+def not_kept(run: Run, keep: int, t: int | None = None) -> list[Snapshot]:
+    """Complete snapshots beyond `keep`, chosen to serve every sigma_rel; one at `t` counts, complete or not."""
+    newest, origin = run.newest(), run.info.origin
+    if newest is None:
+        return []
+    ts = {s.t for s in run.complete} | ({t} if t is not None else set())
+    kept = schedule.snapshots_to_keep(
+        [x - origin for x in ts], run.info.sigma_rels, keep, protected={x - origin for x in run.pins | {newest.t}}
+    )
+    return [s for s in run.complete if s.t - origin not in kept]
+
+
+def dead_puts(run: Run, unfinished: Mapping[str, str]) -> dict[str, str]:
+    """Of what `Store.unfinished` tells: what superseded attempts began, and shards of snapshots that are behind us."""
+    newest = run.attempts[-1].number
+    done = max((s.t for s in run.complete if s.attempt == newest), default=-1)
+    dead = {}
+    for handle, key in unfinished.items():
+        match = _OF_SNAPSHOT.match(key)
+        if match and (int(match[2]) < newest or (int(match[2]) == newest and match[3] and int(match[1]) <= done)):
+            dead[handle] = key
+    return dead
+
+
+def _dead_snapshots(run: Run, keep: int | None, *, abandoned: bool) -> Iterator[Garbage]:
+    """What can go, each once, the worthless first."""
+    newest = run.attempts[-1]
+    given_up = f"hidden: attempt {newest.number} went on from t={newest.t}"
+    found = [(s, f"{s.problem}, and nobody will write more of it") for s in partials(run)]
+    found += [(s, given_up) for s in left_behind(run, abandoned=abandoned)]
+    found += [(s, f"not one of the {keep} to keep") for s in (not_kept(run, keep) if keep else ())]
+    reasons: dict[str, Garbage] = {}
+    for snapshot, why in found:
+        reasons.setdefault(snapshot.folder, Garbage(snapshot.folder, why, snapshot.num_bytes))
+    yield from reasons.values()
+
+
+def _dead_puts(store: Store, run: Run) -> Iterator[Garbage]:
+    for handle, key in dead_puts(run, store.unfinished()).items():
+        yield Garbage(key, "a put that was cut off", None, handle)
+
+
+def _remove(store: Store, garbage: Garbage, known: Known) -> bool:
+    """Remove it, unless it is gone, or more than when it was judged: then somebody writes it."""
+    if garbage.handle is not None:
+        store.discard([garbage.handle])
+        return True
+    there = {key.removeprefix(f"{garbage.key}/") for key in store.list(garbage.key)}
+    if not there or not there <= {*known[garbage.key][0], INDEX_NAME}:
+        return False
+    delete_snapshot(store, garbage.key)
+    return True

@@ -1,0 +1,161 @@
+"""How a job starts on a run: what it finds in storage, what it goes on from, and what it writes down of that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from phema_dist.errors import RunError, StorageError
+from phema_dist.storage import run as runs
+from phema_dist.storage.manifest import FORMAT, Attempt, RunInfo, TensorFacts, attempt_key, from_json
+from phema_dist.storage.snapshot import DTYPE_NAMES, HALF_ULP
+from phema_dist.training.settings import DEFAULT_SIGMA_RELS, Settings
+
+if TYPE_CHECKING:
+    from phema_dist.storage.run import Snapshot
+    from phema_dist.storage.store import Store
+    from phema_dist.training.ownership import Ownership
+
+_log = logging.getLogger("phema_dist")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What rank 0 found in storage: a run to go on with, or what a new one will be."""
+
+    info: RunInfo
+    is_new: bool
+    parent: Snapshot | None  # the snapshot to go on from
+    next_attempt: int
+
+
+def look(store: Store, ownership: Ownership, settings: Settings, *, resume: bool | int) -> Found:
+    """On rank 0: what there is to go on with. Writes nothing."""
+    wanted = RunInfo(
+        FORMAT,
+        version("phema-dist"),
+        settings.sigma_rels or DEFAULT_SIGMA_RELS,
+        settings.t_unit,
+        settings.update_after_step,
+        settings.only_save_diff,
+        {i.fqn: TensorFacts(i.shape, DTYPE_NAMES[i.dtype], i.kind) for i in ownership.tensors},
+        ownership.aliases,
+    )
+    run = runs.find_run(store)
+    if run is None:
+        return Found(wanted, is_new=True, parent=None, next_attempt=0)
+    newest = run.newest()
+    if resume is False:
+        state = f"its newest complete snapshot is t={newest.t}" if newest else "without a complete snapshot so far"
+        raise RunError(
+            f"{store.url} holds a run already, {state}. Pass resume=True to go on with it"
+            + (", resume=<t> to go on from an earlier snapshot," if newest else ", delete it,")
+            + " or choose another checkpoint_dir."
+        )
+    check_sigma_rels(store, run.info, settings)
+    _check_same_tensors(store, run.info, wanted)
+    parent = newest if resume is True else run.newest(resume)
+    _tell_what_is_lost(run, parent, resume=resume)
+    return Found(run.info, is_new=False, parent=parent, next_attempt=run.next_attempt)
+
+
+def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool | int) -> None:
+    """Log what a person who resumes may not expect."""
+    url, t = run.store.url, parent.t if parent else 0
+    asked = float("inf") if resume is True else resume
+    for snapshot in run.snapshots:
+        if snapshot.problem and t < snapshot.t <= asked:
+            _log.warning("%s: cannot go on from t=%d: %s", url, snapshot.t, snapshot.problem)
+    _tell_what_is_hidden(run, t)
+    if left := [s.t for s in run.abandoned if s.problem is None and t < s.t <= asked]:
+        newest = run.attempts[-1]
+        _log.warning(
+            "%s: snapshots at t=%s stay hidden, because attempt %d went on from t=%d",
+            url, left, newest.number, newest.t,
+        )  # fmt: skip
+    if parent is not None and (dtype := parent.manifests[0].dtype) != "F32":
+        _log.warning(
+            "%s: going on from averages that were stored as %s, each rounded by up to %.2g of itself; float32 "
+            "snapshots and training_state are exact", url, dtype, HALF_ULP[dtype],
+        )  # fmt: skip
+    if t < asked < float("inf"):
+        start = f"going on from the snapshot at t={t}" if parent else "beginning afresh, there is no earlier snapshot"
+        _log.warning(
+            "%s: %s; the averages saw nothing of t=%d to %d, unless training_state is loaded", url, start, t + 1, asked
+        )
+
+
+def start(store: Store, found: Found, world_size: int) -> Attempt:
+    """On rank 0: write down that this job goes on with the run, or begins it."""
+    if found.is_new:
+        runs.create_run(store, found.info)
+    parent, t = (found.parent.attempt, found.parent.t) if found.parent else (None, 0)
+    return runs.start_attempt(store, world_size, found.next_attempt, parent, t)
+
+
+def start_from(store: Store, t: int, saved_by: tuple[int, str], world_size: int) -> Attempt:
+    """On rank 0: write down that this job goes on at t from a training checkpoint, and which snapshots led to it.
+
+    `saved_by` is the number and the token of the attempt that saved the checkpoint.
+    """
+    run = runs.open_run(store)
+    known = saved_by in [(a.number, a.token) for a in run.attempts]
+    if not known and run.complete:
+        raise RunError(
+            f"training_state must come from this run: {store.url} has complete snapshots up to t={run.complete[-1].t}, "
+            "and the attempt that saved the state is not one of its own. Use the run's checkpoint_dir, or an empty one."
+        )
+    _tell_what_is_hidden(run, t)
+    return runs.start_attempt(store, world_size, run.next_attempt, saved_by[0] if known else None, t)
+
+
+def _tell_what_is_hidden(run: runs.Run, t: int) -> None:
+    if hidden := [s.t for s in run.complete if s.t > t]:
+        _log.warning(
+            "%s: going on from t=%d hides the snapshots at t=%s; they are deleted when the run is beyond them",
+            run.store.url, t, hidden,
+        )  # fmt: skip
+
+
+def check_sigma_rels(store: Store, info: RunInfo, settings: Settings) -> None:
+    """Raise RunError if other sigma_rels are asked for than the run tracks."""
+    if settings.sigma_rels is not None and sorted(settings.sigma_rels) != sorted(info.sigma_rels):
+        raise RunError(
+            f"{store.url} tracks sigma_rels {info.sigma_rels}, which cannot change; got {settings.sigma_rels}. "
+            "Leave sigma_rels out, or begin a new run."
+        )
+
+
+def _check_same_tensors(store: Store, info: RunInfo, wanted: RunInfo) -> None:
+    odd = [fqn for fqn in info.tensors | wanted.tensors if info.tensors.get(fqn) != wanted.tensors.get(fqn)]
+    if odd:
+        fqn = odd[0]
+        raise RunError(
+            f"{store.url} is the run of another model: {len(odd)} tensors differ, the first is {fqn}: "
+            f"{_facts(info.tensors, fqn)} in the run, {_facts(wanted.tensors, fqn)} in the model."
+        )
+
+
+def _facts(tensors: Mapping[str, TensorFacts], fqn: str) -> str:
+    facts = tensors.get(fqn)
+    return "none" if facts is None else f"{facts.kind} {facts.dtype} {list(facts.shape)}"
+
+
+def check_same_place(store: Store, attempt: Attempt) -> None:
+    """On every rank: what rank 0 has just written must be here too."""
+    key = attempt_key(attempt.number)
+    try:
+        seen = from_json(Attempt, store.get(key), store.describe(key)).token
+    except StorageError as error:
+        raise StorageError(
+            f"every rank must see the same checkpoint_dir; this rank cannot read {store.describe(key)}, which rank 0 "
+            f"has just written: {error} Use a shared folder or an object store."
+        ) from error
+    if seen != attempt.token:
+        raise StorageError(
+            f"every rank must see the same checkpoint_dir; {store.url} here is not what rank 0 sees. Use a shared "
+            "folder or an object store."
+        )

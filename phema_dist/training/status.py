@@ -1,0 +1,47 @@
+"""How the background path of one rank fares: counts that its threads keep, and the words for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Status = dict[str, int | float | str | None]
+
+
+@dataclass
+class Counts:
+    """What became of the updates and snapshots of this rank, since PostHocEMA was made.
+
+    Each field is changed by one thread and may be read by any.
+    """
+
+    updates: int = 0
+    updates_skipped: int = 0  # storage never causes it: the averages were busy
+    updates_refused: int = 0
+    no_steps: int = 0  # rounds of `attach`, of those that t counts, that are known to be no steps
+    stall_seconds: float = 0.0
+    written: int = 0
+    skipped: int = 0
+    failed: int = 0
+    num_bytes: int = 0
+    last_written: int | None = None
+    last_complete: int | None = None
+    last_error: str | None = None
+
+
+def describe(counts: Counts, t: int = 0, lag: int = 0, stopped: str | None = None) -> Status:
+    """The counts in the words of `PostHocEMA.status`; `stopped` says why a thread did, if one did."""
+    return {
+        "t": t - counts.no_steps,
+        "updates": counts.updates,
+        "updates_skipped": counts.updates_skipped,
+        "updates_refused": counts.updates_refused,
+        "lag": lag,
+        "stall_seconds": counts.stall_seconds,
+        "snapshots_written": counts.written,
+        "snapshots_skipped": counts.skipped,
+        "snapshots_failed": counts.failed,
+        "bytes": counts.num_bytes,
+        "last_written_snapshot": counts.last_written,
+        "last_complete_snapshot": counts.last_complete,
+        "last_error": stopped or counts.last_error,
+    }
