@@ -12,8 +12,9 @@ PACKAGE = Path(phema_dist.__file__).parent
 # From the ground up: a module may import only what stands before it.
 ORDER = [
     "errors", "profile", "target", "schedule", "shard", "ranks",
+    "storage.document",
     "storage.manifest", "storage.key", "storage.remote", "storage.carrier", "storage.s3", "storage.store",
-    "storage.snapshot", "storage.run", "storage.scan", "storage.verify", "storage.gc",
+    "storage.snapshot", "storage.completeness", "storage.run", "storage.scan", "storage.verify", "storage.gc",
     "training.parts", "training.wrappers", "training.layout", "training.ownership", "training.device",
     "training.staging", "training.tracker", "training.buffers", "training.policy", "training.ends",
     "training.settings", "training.worker", "training.status", "training.storing", "training.writer",

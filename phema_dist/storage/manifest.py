@@ -10,20 +10,23 @@ xxh3-64 of the document as it would be without. One without it was written befor
 
 Where the tensors lie in a shard file stands in that file's own safetensors header, and nowhere else; the manifest
 holds the header's checksum. Equal headers, and all snapshots of one attempt have equal ones, are read once.
+
+A bucket may hold what somebody else put there. So nothing that is read is believed: not its size, not its types, not
+that its names fit into a message.
 """
 
 from __future__ import annotations
 
 import json
-import types
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, is_dataclass
-from functools import cache, partial
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Annotated, TypeVar
 
 import xxhash
 
 from phema_dist.errors import RunError
+from phema_dist.storage.document import EXACT, LONGEST_NAME, MisfitError, Rule, decoder, parse_json, shown
 
 FORMAT = 1
 RUN_KEY = "run.json"
@@ -40,23 +43,39 @@ STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 BLOCK_BYTES = 4 << 20  # of a checksum: small enough for a ranged read, large enough that manifests stay small
 
 T = TypeVar("T")
-_EXACT = 2**53  # integers below are floats too
+_MOST_RANKS = 2**20
+_MOST_DIMS = 64
+_PER_FILE, _PER_TENSOR, _PER_DIM = 1024, 256, 64  # bytes of a header, more than there can be
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+]{0,31}")
 _SEAL, _SEAL_END = b'{"xxh3":"', b'",'  # around the checksum of a document
 
 
-class _Rule(NamedTuple):
-    """What a value of a field must be beyond its type."""
-
-    words: str
-    holds: Callable[[Any], bool]
+def _one_of(*names: str) -> Rule:
+    return Rule(f"be one of {', '.join(names)}", names.__contains__)
 
 
-def _one_of(*names: str) -> _Rule:
-    return _Rule(f"be one of {', '.join(names)}", names.__contains__)
-
-
-_Positive = Annotated[int, _Rule("be at least 1", bool)]
-_SigmaRels = Annotated[tuple[float, ...], _Rule("not be empty", bool)]
+_Positive = Annotated[int, Rule("be at least 1", bool)]
+_Ranks = Annotated[int, Rule(f"be 1 to {_MOST_RANKS}", lambda n: 1 <= n <= _MOST_RANKS)]
+# Two of them are what a reader holds beside its sums. Of a power of two, elements never lie across an end.
+_BlockBytes = Annotated[
+    int, Rule("be a power of two from 16 to 2**26", lambda n: 2**4 <= n <= 2**26 and not n & (n - 1))
+]
+_Shape = Annotated[
+    tuple[int, ...],
+    Rule(
+        f"have at most {_MOST_DIMS} dimensions and 2**53 elements",
+        lambda shape: len(shape) <= _MOST_DIMS and math.prod(max(n, 1) for n in shape) <= EXACT,
+    ),
+]
+_SigmaRels = Annotated[tuple[float, ...], Rule("not be empty", bool)]
+# Names end in messages and logs, so they have no line ends, no control characters and no halves of characters.
+_Name = Annotated[
+    str,
+    Rule(
+        f"be at most {LONGEST_NAME} printable characters",
+        lambda name: len(name) <= LONGEST_NAME and name.isprintable(),
+    ),
+]
 _Kind = Annotated[str, _one_of(PARAMETER, BUFFER)]
 _Dtype = Annotated[str, _one_of(*DTYPES)]
 _StoredDtype = Annotated[str, _one_of(*STORED_DTYPES)]
@@ -66,7 +85,7 @@ _StoredDtype = Annotated[str, _one_of(*STORED_DTYPES)]
 class TensorFacts:
     """A tensor of the run: shape, dtype in the model (a name of safetensors), PARAMETER or BUFFER."""
 
-    shape: tuple[int, ...]
+    shape: _Shape
     dtype: _Dtype
     kind: _Kind
 
@@ -75,14 +94,14 @@ class TensorFacts:
 class RunInfo:
     """What is fixed for a whole run. `origin` is the t at which averaging began; profiles count from there."""
 
-    format: int
-    library: str
+    format: _Positive
+    library: _Name
     sigma_rels: _SigmaRels
-    t_unit: str
+    t_unit: _Name
     origin: int
     only_save_diff: bool
-    tensors: dict[str, TensorFacts]
-    aliases: dict[str, str]  # further name of a tied tensor -> the name it is stored under
+    tensors: dict[_Name, TensorFacts]
+    aliases: dict[_Name, _Name]  # further name of a tied tensor -> the name it is stored under
 
 
 @dataclass(frozen=True)
@@ -92,8 +111,8 @@ class Attempt:
     number: int
     parent: int | None
     t: int
-    world_size: _Positive
-    token: str  # random; manifests repeat it, so files of two jobs never count as one snapshot
+    world_size: _Ranks
+    token: _Name  # random; manifests repeat it, so files of two jobs never count as one snapshot
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,7 @@ class ShardFile:
     the manifest's `block_bytes`.
     """
 
-    name: str  # relative to the snapshot
+    name: _Name  # relative to the snapshot
     sigma_rel: float
     header_bytes: int
     data_bytes: int
@@ -119,16 +138,16 @@ class Manifest:
     calls of update_.
     """
 
-    format: int
+    format: _Positive
     t: int
     attempt: int
-    token: str
+    token: _Name
     rank: int
-    world_size: _Positive
+    world_size: _Ranks
     calls: int
     updates: tuple[tuple[int, int], ...]
     dtype: _StoredDtype  # of float32 averages as they are stored here
-    block_bytes: _Positive
+    block_bytes: _BlockBytes
     files: tuple[ShardFile, ...]
     refused: str | None = None
 
@@ -137,7 +156,7 @@ class Manifest:
 class Index:
     """The manifests of all ranks of a complete snapshot, by rank: a copy, for manifests are what makes it exist."""
 
-    format: int
+    format: _Positive
     manifests: tuple[Manifest, ...]
 
 
@@ -164,6 +183,16 @@ def shard_name(sigma_rel: float, rank: int, number: int = 0) -> str:
     return f"sigma_rel-{sigma_rel!r}/rank-{rank:05d}{f'.{number}' if number else ''}.safetensors"
 
 
+def largest_header(run: RunInfo) -> int:
+    """How many bytes a header can have whose tensors are all of the run: nobody makes room for more."""
+    total = _PER_FILE
+    for fqn, facts in run.tensors.items():
+        # A name stands there twice, once as JSON in JSON, where a character may take 14.
+        plain = fqn.isascii() and not {'"', "\\"} & set(fqn)
+        total += 2 * len(fqn) * (1 if plain else 14) + _PER_TENSOR + _PER_DIM * len(facts.shape)
+    return total
+
+
 def to_json(facts: object) -> bytes:
     """Encode a document of this module, with its checksum."""
     text = json.dumps(asdict(facts), separators=(",", ":"), allow_nan=False).encode()  # type: ignore[call-overload]
@@ -177,128 +206,31 @@ def from_json(kind: type[T], text: bytes, where: str) -> T:
         RunError: it is no such document, or not as it was written, or of a newer format; names `where` and the field.
     """
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise RunError(f"{where} must be JSON; it is damaged: {error}") from error
-    if isinstance(value, dict) and isinstance(found := value.get("format"), int) and found > FORMAT:
-        raise RunError(f"{where} has format {found}; this phema-dist reads formats up to {FORMAT}. Upgrade phema-dist.")
-    if isinstance(value, dict) and "xxh3" in value:
+    if type(value) is dict and type(found := value.get("format")) is int and found > FORMAT:
+        raise RunError(
+            f"{where} has format {shown(found, quoted=False)}; this phema-dist reads formats up to {FORMAT}. "
+            f"Upgrade phema-dist: {_upgrade(value.get('library'))}."
+        )
+    if type(value) is dict and "xxh3" in value:
         del value["xxh3"]
         seal, _, rest = text.partition(_SEAL_END)
         if seal != _SEAL + _digest(b"{" + rest):
             raise RunError(f"{where} is not the document that was written (its checksum differs).")
     try:
-        return _decoder(kind)(value)  # type: ignore[arg-type, no-any-return]
-    except _MisfitError as error:
+        return decoder(kind)(value)  # type: ignore[arg-type, no-any-return]
+    except MisfitError as error:
         problem = f"{error.field.lstrip('.') or 'it'} {error}"
         raise RunError(f"{where} is not a {kind.__name__} of format {FORMAT}: {problem}") from error
 
 
+def _upgrade(library: object) -> str:
+    """What to install to read what a newer library wrote, which may have said which one it was."""
+    known = isinstance(library, str) and _VERSION.fullmatch(library)
+    return f"pip install 'phema-dist>={library}'" if known else "pip install --upgrade phema-dist"
+
+
 def _digest(text: bytes) -> bytes:
     return xxhash.xxh3_64_hexdigest(text).encode()
-
-
-class _MisfitError(Exception):
-    """A value that is not what it must be. Decoders on the way out put in front of `field` where it stands."""
-
-    field = ""
-
-    def inside(self, place: str) -> None:
-        self.field = f"{place}{self.field}"
-
-
-# A big run has 65 536 manifests: types are looked at once, and what is left is a tree of plain functions.
-@cache
-def _decoder(kind: Any) -> Callable[[Any], Any]:
-    """Return the function that turns parsed JSON into a `kind`, or raises _MisfitError."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return partial(_ruled, _decoder(args[0]), args[1])
-    if origin in {Union, types.UnionType}:
-        return partial(_optional, _decoder(args[0]))
-    if origin is tuple:
-        is_list = args[-1] is ...
-        return partial(_list, kind, _decoder(args[0])) if is_list else partial(_row, kind, tuple(map(_decoder, args)))
-    if origin is dict:
-        return partial(_object, _decoder(args[1]))
-    if is_dataclass(kind):
-        hints = get_type_hints(kind, include_extras=True)
-        return partial(_facts, kind, {name: _decoder(hint) for name, hint in hints.items()})
-    return {float: _float, int: _count}.get(kind) or partial(_plain, kind)
-
-
-def _ruled(decode: Callable[[Any], Any], rule: _Rule, value: Any) -> Any:
-    decoded = decode(value)
-    if not rule.holds(decoded):
-        raise _MisfitError(f"must {rule.words}, found {str(value)[:40]!r}")
-    return decoded
-
-
-def _optional(decode: Callable[[Any], Any], value: Any) -> Any:
-    return None if value is None else decode(value)
-
-
-def _list(kind: Any, decode: Callable[[Any], Any], value: Any) -> Any:
-    if type(value) is not list:
-        raise _MisfitError(f"must be a list like {kind}")
-    return _each((decode,) * len(value), value)
-
-
-def _row(kind: Any, decoders: tuple[Callable[[Any], Any], ...], value: Any) -> Any:
-    if type(value) is not list or len(value) != len(decoders):
-        raise _MisfitError(f"must be a list like {kind}")
-    return _each(decoders, value)
-
-
-def _each(decoders: tuple[Callable[[Any], Any], ...], value: list[Any]) -> tuple[Any, ...]:
-    decoded: list[Any] = []
-    try:
-        for decode, item in zip(decoders, value, strict=True):
-            decoded.append(decode(item))
-    except _MisfitError as error:
-        error.inside(f"[{len(decoded)}]")
-        raise
-    return tuple(decoded)
-
-
-def _object(decode: Callable[[Any], Any], value: Any) -> Any:
-    if type(value) is not dict:
-        raise _MisfitError("must be an object")
-    decoded, key = {}, ""
-    try:
-        for key, item in value.items():
-            decoded[key] = decode(item)
-    except _MisfitError as error:
-        error.inside(f"[{key}]")
-        raise
-    return decoded
-
-
-def _facts(kind: Any, decoders: dict[str, Callable[[Any], Any]], value: Any) -> Any:
-    if type(value) is not dict or value.keys() != decoders.keys():
-        odd = sorted(decoders.keys() ^ value.keys()) if type(value) is dict else "no object"
-        raise _MisfitError(f"must have exactly the fields of {kind.__name__}; differs in {odd}")
-    decoded, name = {}, ""
-    try:
-        for name, decode in decoders.items():
-            decoded[name] = decode(value[name])
-    except _MisfitError as error:
-        error.inside(f".{name}")
-        raise
-    return kind(**decoded)
-
-
-def _float(value: Any) -> Any:
-    return float(value) if type(value) is int and abs(value) < _EXACT else _plain(float, value)
-
-
-def _count(value: Any) -> Any:
-    if type(value) is int and value >= 0:
-        return value
-    raise _MisfitError(f"must not be negative, found {_plain(int, value)}")
-
-
-def _plain(kind: Any, value: Any) -> Any:
-    if type(value) is not kind:
-        raise _MisfitError(f"must be {kind.__name__}, found {str(value)[:40]!r}")
-    return value

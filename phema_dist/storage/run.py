@@ -15,10 +15,22 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from phema_dist.errors import KeyExistsError, KeyMissingError, RunError, SnapshotError
+from phema_dist.errors import KeyExistsError, KeyMissingError, LayoutError, RunError, SettingsError, SnapshotError
+from phema_dist.profile import MAX_SIGMA_REL
+from phema_dist.storage.completeness import (
+    SNAPSHOT,
+    Bounds,
+    check_size,
+    index_batches,
+    manifest_names,
+    read_snapshots,
+    t_and_attempt,
+)
+from phema_dist.storage.key import checked
 from phema_dist.storage.manifest import (
     AVERAGED_DTYPES,
     FORMAT,
@@ -31,7 +43,6 @@ from phema_dist.storage.manifest import (
     RunInfo,
     attempt_key,
     from_json,
-    manifest_name,
     snapshot_folder,
     to_json,
 )
@@ -40,9 +51,16 @@ if TYPE_CHECKING:
     from phema_dist.storage.store import Store
 
 _log = logging.getLogger("phema_dist")
-_ATTEMPT = re.compile(r"attempts/(\d+)\.json")
-_SNAPSHOT = re.compile(r"(\d+)-a(\d+)")
-_PIN = re.compile(r"pins/(\d+)")
+# Names as this library gives them, of numbers that are not absurd; whatever else lies in the bucket is not of the run.
+_ATTEMPT = re.compile(r"attempts/(0|[1-9][0-9]{0,15})\.json")
+_PIN = re.compile(r"pins/([0-9]{1,16})")
+# Bytes of a document, before it is read: what is larger is none. Parsed, it may take 20 times that, a real one 5 times.
+_LARGEST_INFO = 32 << 20  # of 200 000 tensors
+_LARGEST_ATTEMPT = 64 << 10
+_MOST_ATTEMPTS = 100_000
+_MOST_SIGMA_RELS = 64
+_LEAST_SIGMA_REL = 1e-9
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,9 @@ class Run:
         found = self.newest(t)
         if found is None:
             when = "" if t is None else f" at or before t={t}"
-            broken = "; ".join(f"t={s.t}: {s.problem}" for s in self.snapshots if s.problem)
+            all_broken = [f"t={s.t}: {s.problem}" for s in self.snapshots if s.problem]
+            more = f"; and {len(all_broken) - _MOST_NAMED} more" if len(all_broken) > _MOST_NAMED else ""
+            broken = "; ".join(all_broken[:_MOST_NAMED]) + more
             later = f"; the first complete one is t={self.complete[0].t}" if self.complete else ""
             raise SnapshotError(
                 f"{self.store.url} has no complete snapshot{when}{later or ' yet'}. "
@@ -143,13 +163,16 @@ def load_snapshots(store: Store, folders: Iterable[str]) -> dict[str, Snapshot]:
         SnapshotError: what is there is no complete snapshot; says why.
         KeyMissingError: something of it is gone; names it.
     """
-    wanted = {folder: _t_and_attempt(folder) for folder in folders}
-    records = store.get_many({attempt_key(number) for _, number in wanted.values()})
+    wanted = {folder: t_and_attempt(folder) for folder in folders}
+    records = store.get_many({RUN_KEY, *(attempt_key(number) for _, number in wanted.values())})
+    bounds = Bounds.of(_parse_info(store, records.pop(RUN_KEY)))
     attempts = {attempt.number: attempt for attempt in _parse_attempts(store, records)}
     whole = {folder: attempts[number] for folder, (_, number) in wanted.items()}
     indexes = store.get_many((f"{folder}/{INDEX_NAME}" for folder in whole), absent_ok=True)
+    found = read_snapshots(store, whole, [indexes], {}, bounds, {})
     snapshots = {}
-    for folder, manifests in _read_manifests(store, whole, indexes, {}).items():
+    for folder in whole:
+        manifests = found[folder]
         if isinstance(manifests, str):
             raise SnapshotError(f"{store.describe(folder)}: {manifests}.")
         num_bytes = sum(file.header_bytes + file.data_bytes for manifest in manifests for file in manifest.files)
@@ -166,9 +189,20 @@ def read_info(store: Store) -> RunInfo:
 
 
 def create_run(store: Store, info: RunInfo) -> None:
-    """Begin a run. Raises RunError if somebody else began one there at the same moment."""
+    """Begin a run.
+
+    Raises:
+        LayoutError: nobody could read it again, as for a name that is no text.
+        RunError: somebody else began one there at the same moment.
+    """
+    text = to_json(info)
     try:
-        store.put(RUN_KEY, to_json(info))
+        check_size(store, RUN_KEY, len(text), _LARGEST_INFO)
+        _parse_info(store, text)
+    except RunError as error:
+        raise LayoutError(f"this model cannot be stored so that it is read again: {error}") from error
+    try:
+        store.put(RUN_KEY, text)
     except KeyExistsError as error:
         raise RunError(f"{store.url} has just become the run of another job; give each job its own folder.") from error
 
@@ -199,7 +233,7 @@ def write_index(store: Store, snapshot: Snapshot) -> None:
 
 def delete_snapshot(store: Store, folder: str) -> None:
     """Remove a snapshot: first what makes it exist, then its data, so that it never looks whole and is not."""
-    keys = store.list(folder).keys()
+    keys = {key for key in store.list(folder) if _is_key(key)}
     index = keys & {f"{folder}/{INDEX_NAME}"}
     documents = {key for key in keys if key.endswith(".json")} - index
     store.delete(index)
@@ -207,42 +241,77 @@ def delete_snapshot(store: Store, folder: str) -> None:
     store.delete(keys - documents - index)
 
 
+def _is_key(key: str) -> bool:
+    """Whether a store takes it: a bucket may hold others, that nobody can delete through it."""
+    try:
+        return bool(checked(key))
+    except SettingsError:
+        return False
+
+
 def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run | None:
     if RUN_KEY not in listing:
         return None
     files = _files_by_folder(listing)
-    indexed = frozenset(folder for folder, sizes in files.items() if sizes.pop(INDEX_NAME, None) is not None)
+    indexed = {folder: size for folder, sizes in files.items() if (size := sizes.pop(INDEX_NAME, None)) is not None}
     for folder in [folder for folder in known if known[folder][0] != files.get(folder)]:
         del known[folder]
-    new = files.keys() - known
+    new = {folder: sizes for folder, sizes in files.items() if folder not in known}
     others = [key for key in listing if not key.startswith("snapshots/")]
     numbers = [key for key in others if _ATTEMPT.fullmatch(key)]
-    texts = store.get_many([RUN_KEY, *numbers, *(f"{folder}/{INDEX_NAME}" for folder in new & indexed)])
-    info = _parse_info(store, texts[RUN_KEY])
-    attempts = _parse_attempts(store, {key: texts[key] for key in numbers})
+    if len(numbers) > _MOST_ATTEMPTS:
+        raise RunError(
+            f"{store.url} must have at most {_MOST_ATTEMPTS} attempts; it has {len(numbers)}. Delete those that no "
+            "snapshot is of."
+        )
+    check_size(store, RUN_KEY, listing[RUN_KEY], _LARGEST_INFO)
+    for key in numbers:
+        check_size(store, key, listing[key], _LARGEST_ATTEMPT)
+    index_keys, doubts = index_batches(store, {folder: indexed[folder] for folder in new.keys() & indexed.keys()})
+    texts = store.get_many([RUN_KEY, *numbers, *next(index_keys, [])])  # in one go what is mostly all there is
+    info = _parse_info(store, texts.pop(RUN_KEY))
+    attempts = _parse_attempts(store, {key: texts.pop(key) for key in numbers})
     by_number = {attempt.number: attempt for attempt in attempts}
-    known |= _read_snapshots(store, {folder: files[folder] for folder in new}, texts, by_number)
-    found = sorted((snapshot for _, snapshot in known.values()), key=lambda s: (s.t, s.attempt))
+    read, whole = _look_for_manifests(new, by_number)
+    indexes = chain([texts], map(store.get_many, index_keys))
+    for folder, manifests in read_snapshots(store, whole, indexes, new, Bounds.of(info), doubts).items():
+        read[folder] = _snapshot(folder, sum(new[folder].values()), manifests)
+    known |= {folder: (new[folder], snapshot) for folder, snapshot in read.items()}
+    snapshots = sorted((snapshot for _, snapshot in known.values()), key=lambda s: (s.t, s.attempt))
     limits = _visible_until(by_number)
     return Run(
         store,
         info,
         tuple(sorted(attempts, key=lambda attempt: attempt.number)),
-        tuple(s for s in found if s.t <= limits.get(s.attempt, -1)),
-        tuple(s for s in found if s.t > limits.get(s.attempt, -1)),
+        tuple(s for s in snapshots if s.t <= limits.get(s.attempt, -1)),
+        tuple(s for s in snapshots if s.t > limits.get(s.attempt, -1)),
         frozenset(int(match[1]) for key in others if (match := _PIN.fullmatch(key))),
-        indexed,
+        frozenset(indexed),
     )
+
+
+def _snapshot(folder: str, num_bytes: int, manifests: tuple[Manifest, ...] | str) -> Snapshot:
+    whole, problem = ((), manifests) if isinstance(manifests, str) else (manifests, None)
+    return Snapshot(*t_and_attempt(folder), num_bytes, whole, problem)
 
 
 def _parse_info(store: Store, text: bytes) -> RunInfo:
     info, where = from_json(RunInfo, text, store.describe(RUN_KEY)), store.describe(RUN_KEY)
+    rels = info.sigma_rels
+    possible = all(_LEAST_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL * (1 + 1e-12) for sigma_rel in rels)
+    if not possible or len({*rels}) < len(rels) or len(rels) > _MOST_SIGMA_RELS:
+        raise RunError(
+            f"{where}: sigma_rels must be at most {_MOST_SIGMA_RELS} different numbers in (0, 0.28867]; found "
+            f"{str(rels)[:100]}."
+        )
     for fqn, facts in info.tensors.items():
         if facts.kind == PARAMETER and facts.dtype not in AVERAGED_DTYPES:
             raise RunError(f"{where}: {fqn} is a parameter of dtype {facts.dtype}, which cannot be averaged.")
     for alias, fqn in info.aliases.items():
         if fqn not in info.tensors:
             raise RunError(f"{where}: {alias} is to be the same as {fqn}, which is no tensor of the run.")
+        if alias in info.tensors:
+            raise RunError(f"{where}: {alias} is to be the same as {fqn}, and is a tensor of its own.")
     return info
 
 
@@ -261,111 +330,34 @@ def _files_by_folder(listing: Mapping[str, int]) -> dict[str, dict[str, int]]:
         folder, _, name = below.partition("/")
         if top == "snapshots" and name:
             names.setdefault(folder, {})[name] = num_bytes
-    matches = ((_SNAPSHOT.fullmatch(folder), sizes) for folder, sizes in names.items())
-    return {snapshot_folder(int(match[1]), int(match[2])): sizes for match, sizes in matches if match}
+    return {f"snapshots/{folder}": sizes for folder, sizes in names.items() if SNAPSHOT.fullmatch(folder)}
 
 
-def _read_snapshots(
-    store: Store, files: Mapping[str, dict[str, int]], indexes: Mapping[str, bytes], attempts: Mapping[int, Attempt]
-) -> Known:
-    found: Known = {}
+def _look_for_manifests(
+    files: Mapping[str, Mapping[str, int]], attempts: Mapping[int, Attempt]
+) -> tuple[dict[str, Snapshot], dict[str, Attempt]]:
+    """The snapshots that are certainly incomplete, and the attempts of the others, by folder."""
+    found: dict[str, Snapshot] = {}
     whole: dict[str, Attempt] = {}
     for folder, sizes in files.items():
-        t, number = _t_and_attempt(folder)
-        num_bytes, attempt = sum(sizes.values()), attempts.get(number)
+        facts = *t_and_attempt(folder), sum(sizes.values())
+        attempt = attempts.get(facts[1])
         if attempt is None:
-            found[folder] = sizes, Snapshot(t, number, num_bytes, (), "its attempt is not recorded")
+            found[folder] = Snapshot(*facts, (), "its attempt is not recorded")
             continue
-        missing = [rank for rank, name in enumerate(_manifest_names(attempt.world_size)) if name not in sizes]
-        if missing:
-            problem = f"manifests of {_ranks(missing)} of {attempt.world_size} are missing"
-            found[folder] = sizes, Snapshot(t, number, num_bytes, (), problem, unfinished=True)
-            continue
-        whole[folder] = attempt
-    for folder, manifests in _read_manifests(store, whole, indexes, files).items():
-        t, number = _t_and_attempt(folder)
-        facts = t, number, sum(files[folder].values())
-        if isinstance(manifests, str):
-            found[folder] = files[folder], Snapshot(*facts, (), manifests)
+        # A world size costs nothing to claim: no more names are made than there are files.
+        missing = (rank for rank, name in enumerate(manifest_names(attempt.world_size)) if name not in sizes)
+        some = list(islice(missing, _MOST_NAMED + 1))
+        if some:
+            problem = f"manifests of {_ranks(some)} of {attempt.world_size} are missing"
+            found[folder] = Snapshot(*facts, (), problem, unfinished=True)
         else:
-            found[folder] = files[folder], Snapshot(*facts, manifests, None)
-    return found
-
-
-def _read_manifests(
-    store: Store,
-    attempts: Mapping[str, Attempt],
-    indexes: Mapping[str, bytes],
-    sizes: Mapping[str, Mapping[str, int]],
-) -> dict[str, tuple[Manifest, ...] | str]:
-    """The manifests of whole snapshots, or in words what is wrong: from an index that fits, else one by one."""
-    found: dict[str, tuple[Manifest, ...] | str] = {}
-    doubts: dict[str, str] = {}
-    for folder, attempt in attempts.items():
-        key = f"{folder}/{INDEX_NAME}"
-        if key in indexes:
-            try:
-                manifests = from_json(Index, indexes[key], store.describe(key)).manifests
-                _check_manifests(manifests, folder, attempt, sizes.get(folder))
-                found[folder] = manifests
-            except RunError as error:
-                doubts[folder] = str(error)
-    keys = {
-        folder: [f"{folder}/{n}" for n in _manifest_names(a.world_size)]
-        for folder, a in attempts.items()
-        if folder not in found
-    }
-    texts = store.get_many(key for each in keys.values() for key in each)
-    for folder, names in keys.items():
-        try:
-            manifests = tuple(from_json(Manifest, texts[key], store.describe(key)) for key in names)
-            _check_manifests(manifests, folder, attempts[folder], sizes.get(folder))
-            found[folder] = manifests
-        except RunError as error:
-            found[folder] = str(error)
-            continue
-        if folder in doubts:
-            _log.warning("%s: its index is not used, but its manifests, one by one: %s", folder, doubts[folder])
-    return found
-
-
-def _check_manifests(
-    manifests: Sequence[Manifest], folder: str, attempt: Attempt, sizes: Mapping[str, int] | None
-) -> None:
-    if len(manifests) != attempt.world_size:
-        raise SnapshotError(f"{len(manifests)} manifests instead of {attempt.world_size}")
-    t_and_attempt = _t_and_attempt(folder)
-    for rank, manifest in enumerate(manifests):
-        if (manifest.token, manifest.rank, manifest.t, manifest.attempt) != (attempt.token, rank, *t_and_attempt):
-            raise SnapshotError(f"the manifest of rank {rank} was written by another job")
-        if manifest.refused is not None:
-            raise SnapshotError(f"rank {rank} had nothing to give: {manifest.refused}")
-        for file in manifest.files:
-            num_blocks = -(-file.data_bytes // manifests[0].block_bytes)
-            if len(file.checksums) != 1 + num_blocks:
-                state = f"has {len(file.checksums)} checksums instead of {1 + num_blocks}"
-                raise SnapshotError(f"{file.name} of rank {rank} {state}")
-            expected = file.header_bytes + file.data_bytes
-            found = expected if sizes is None else sizes.get(file.name)
-            if found != expected:
-                state = "is missing" if found is None else f"has {found} bytes instead of {expected}"
-                raise SnapshotError(f"{file.name} of rank {rank} {state}")
-
-
-@cache
-def _manifest_names(world_size: int) -> tuple[str, ...]:
-    return tuple(manifest_name(rank, world_size) for rank in range(world_size))
-
-
-def _t_and_attempt(folder: str) -> tuple[int, int]:
-    match = _SNAPSHOT.fullmatch(folder.removeprefix("snapshots/"))
-    if match is None:
-        raise SnapshotError(f"a snapshot's folder is like {snapshot_folder(1000, 0)}; got {folder!r}.")
-    return int(match[1]), int(match[2])
+            whole[folder] = attempt
+    return found, whole
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")  # noqa: PLR2004
+    shown = ", ".join(map(str, ranks[:_MOST_NAMED])) + (", …" if len(ranks) > _MOST_NAMED else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 

@@ -19,10 +19,19 @@ import xxhash
 
 from phema_dist.errors import SnapshotError
 from phema_dist.shard import Box, intersect, whole
-from phema_dist.storage.manifest import BLOCK_BYTES, Manifest, ShardFile, manifest_name, snapshot_folder, to_json
+from phema_dist.storage.document import EXACT, parse_json, shown
+from phema_dist.storage.manifest import (
+    BLOCK_BYTES,
+    PARAMETER,
+    Manifest,
+    ShardFile,
+    manifest_name,
+    snapshot_folder,
+    to_json,
+)
 
 if TYPE_CHECKING:
-    from phema_dist.storage.manifest import RunInfo
+    from phema_dist.storage.manifest import RunInfo, TensorFacts
     from phema_dist.storage.store import Store
 
 # torch's dtypes by the names that safetensors gives them.
@@ -43,6 +52,7 @@ AVERAGE_DTYPES = {
 }
 # Rounding to nearest errs by at most half a unit in the last place, this much of the number.
 HALF_ULP = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+_LONGEST_REASON = 300
 _ALIGNMENT = 64  # of the data in the file, so that it can be viewed as any dtype
 
 
@@ -144,36 +154,69 @@ def parse_header(header: bytes, file: ShardFile, run: RunInfo, where: str) -> tu
     if xxhash.xxh3_64_hexdigest(header) != file.checksums[0]:
         raise SnapshotError(f"{where}: the header is not the one that was written (its checksum differs).")
     try:
-        table = json.loads(header[8:])
-        offsets = json.loads(table.pop("__metadata__")["DCP_SHARDING_INFO"])
-        entries = [
-            Entry(
-                fqn,
-                DTYPES[facts["dtype"]],
-                Box(tuple(offsets[fqn]["saved_offsets"]), tuple(facts["shape"])),
-                *facts["data_offsets"],
-            )
-            for fqn, facts in table.items()
-        ]
+        entries = _parse_entries(header)
         entries.sort(key=lambda entry: entry.start)
         _check_entries(entries, file, run)
-    except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
-        raise SnapshotError(f"{where}: the header does not describe shards of this run: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        said = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+        raise SnapshotError(f"{where}: the header does not describe shards of this run ({said}).") from error
     return tuple(entries)
+
+
+def _parse_entries(header: bytes) -> list[Entry]:
+    if struct.unpack_from("<Q", header) != (len(header) - 8,):
+        raise ValueError("its length is another one than it says")
+    table = parse_json(header[8:])
+    offsets = parse_json(table.pop("__metadata__")["DCP_SHARDING_INFO"])
+    if table.keys() != offsets.keys():
+        raise ValueError("DCP_SHARDING_INFO is of other tensors")
+    return [_entry(fqn, facts, offsets[fqn]["saved_offsets"]) for fqn, facts in table.items()]
+
+
+def _entry(fqn: str, facts: Mapping[str, object], offsets: object) -> Entry:
+    if facts.keys() != {"dtype", "shape", "data_offsets"} or facts["dtype"] not in DTYPE_NAMES.values():
+        raise ValueError(f"{shown(fqn)} has other facts than a dtype, a shape and data_offsets")
+    start, stop = _counts(fqn, facts["data_offsets"])
+    return Entry(
+        fqn, DTYPES[str(facts["dtype"])], Box(_counts(fqn, offsets), _counts(fqn, facts["shape"])), start, stop
+    )
+
+
+def _counts(fqn: str, values: object) -> tuple[int, ...]:
+    """Whole numbers as they stand in a header, where true is no 1 and 2.0 is no 2."""
+    if type(values) is not list or not all(type(value) is int and 0 <= value < EXACT for value in values):
+        raise ValueError(f"{shown(fqn)} has numbers that are none, negative or too large")
+    return tuple(values)
 
 
 def _check_entries(entries: Sequence[Entry], file: ShardFile, run: RunInfo) -> None:
     position = 0
     for entry in entries:
-        bounds = whole(run.tensors[entry.fqn].shape)
-        inside = intersect(entry.box, bounds) == entry.box if entry.box.numel else True
-        if len(entry.box.sizes) != len(bounds.sizes) or not inside:
-            raise ValueError(f"{entry.fqn} has a box outside of the tensor: {entry.box}")
-        if (entry.start, entry.stop - entry.start) != (position, entry.box.numel * entry.dtype.itemsize):
+        if entry.fqn not in run.tensors:
+            raise ValueError(f"the run has no tensor {shown(entry.fqn)}")
+        facts = run.tensors[entry.fqn]
+        bounds = whole(facts.shape)
+        same_dims = len(entry.box.offsets) == len(entry.box.sizes) == len(bounds.sizes)
+        if not same_dims or (entry.box.numel and intersect(entry.box, bounds) != entry.box):
+            raise ValueError(f"{entry.fqn} has a box outside of the tensor")
+        if not _can_store(facts, entry.dtype):
+            raise ValueError(f"{entry.fqn}, a {facts.kind} of {facts.dtype}, is stored as {DTYPE_NAMES[entry.dtype]}")
+        size = entry.dtype.itemsize
+        if (entry.start, entry.stop - entry.start) != (position, entry.box.numel * size):
             raise ValueError(f"{entry.fqn} has the bytes {entry.start} to {entry.stop}")
+        if entry.box.numel and entry.start % size:
+            raise ValueError(f"{entry.fqn} begins at byte {entry.start}, which no element of {size} bytes does")
         position = entry.stop
     if position != file.data_bytes:
         raise ValueError(f"{position} bytes of data instead of {file.data_bytes}")
+
+
+def _can_store(facts: TensorFacts, stored: torch.dtype) -> bool:
+    """Whether values of a tensor may be kept as that: averages in any real dtype, what is copied in its own kind."""
+    dtype = DTYPES[facts.dtype]
+    if facts.kind == PARAMETER and not dtype.is_complex:
+        return DTYPE_NAMES[stored] in HALF_ULP
+    return stored == dtype or (stored.is_floating_point and dtype.is_floating_point)
 
 
 def _build_header(entries: Sequence[Entry]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 
 from phema_dist.errors import LayoutError, RunError
 from phema_dist.shard import Box, check_exact_cover, flat_range_to_boxes, flat_span, intersect
+from phema_dist.storage.document import EXACT, LONGEST_NAME, one_line, parse_json, shown
 from phema_dist.storage.snapshot import DTYPES
 from phema_dist.storage.store import LocalStore
 from phema_dist.synthesis.checkpoint import Form, Item, shard_name
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phema_dist.synthesis.stream import Sink
 
 _PIECE_BYTES = 8 << 20
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def open_shards(folder: Path) -> Shards:
     for rank, path in enumerate(files):
         try:
             facts = _read_shard(path, rank, len(files), items, places)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{path} must be a file that --sharded wrote: {error!r}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            said = one_line(repr(error))[:_LONGEST_REASON]
+            raise RunError(f"{path} must be a file that --sharded wrote: {said}.") from error
         if common and stable(facts) != stable(common):
             raise RunError(
                 f"the files in {folder} must be of one average; compared with {files[0].name}, {path.name} "
@@ -134,24 +136,55 @@ def _read_shard(
     """Add what a file holds to items and places, in order. Returns what it says of the whole checkpoint."""
     table, begin = read_header(path)
     metadata = table.pop("__metadata__")
-    facts = dict(json.loads(metadata["phema_dist"]))
-    offsets = json.loads(metadata["DCP_SHARDING_INFO"])
+    facts = dict(parse_json(metadata["phema_dist"]))
+    offsets = parse_json(metadata["DCP_SHARDING_INFO"])
     shard = facts.pop("shard")
+    _check_facts(facts)
     if (shard["rank"], shard["world_size"]) != (rank, num_ranks):
-        raise ValueError(f"it says that it is of rank {shard['rank']} of {shard['world_size']}")
+        found = [shown(shard[name], quoted=False) for name in ("rank", "world_size")]
+        raise ValueError(f"it says that it is of rank {found[0]} of {found[1]}")
+    position = 0
     for name, shape in shard["shapes"].items():  # in the order of their data; tied names have the same data again
         entry = table[name]
-        item = Item(name, (name, *shard["tied"].get(name, ())), tuple(shape), DTYPES[entry["dtype"]])
+        item = Item(name, (name, *shard["tied"].get(name, ())), _counts(name, shape), DTYPES[entry["dtype"]])
         if items.setdefault(name, item) != item:
-            raise ValueError(f"{name} is another tensor in the files before")
-        box = Box(tuple(offsets[name]["saved_offsets"]), tuple(entry["shape"]))
-        first, last = entry["data_offsets"]
-        if (box.offsets[1:], box.sizes[1:]) != ((0,) * len(shape[1:]), tuple(shape[1:])):
-            raise ValueError(f"{name} must be cut into rows; it has {box} of {shape}")
-        if last - first != box.numel * item.dtype.itemsize:
-            raise ValueError(f"{name} has {last - first} bytes of data")
-        places.setdefault(name, []).append(Place(path, box, begin + first))
+            raise ValueError(f"{shown(name)} is another tensor in the files before")
+        box = Box(_counts(name, offsets[name]["saved_offsets"]), _counts(name, entry["shape"]))
+        num_dims = len(item.shape)
+        inner = (box.offsets[1:], box.sizes[1:]) == ((0,) * (num_dims - 1), item.shape[1:])
+        if not inner or len(box.offsets) != num_dims or len(box.sizes) != num_dims:
+            raise ValueError(f"{shown(name)} must be cut into rows")
+        places.setdefault(name, []).append(Place(path, box, begin + position))
+        for again in item.names:
+            _check_name(again)
+            size = box.numel * item.dtype.itemsize
+            if table.pop(again) != {**entry, "data_offsets": [position, position + size]}:
+                raise ValueError(f"{shown(again)} has other data than its shape and place say")
+            position += size
+    if table:
+        raise ValueError(f"it does not say of what tensor {shown(min(table))} is a part")
     return facts
+
+
+def _check_name(name: object) -> None:
+    if type(name) is not str or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(f"{shown(name)} is no name of a tensor")
+
+
+def _counts(name: str, values: object) -> tuple[int, ...]:
+    """Whole numbers as they stand in a header, where true is no 1 and 2.0 is no 2."""
+    if type(values) is not list or not all(type(value) is int and 0 <= value < EXACT for value in values):
+        raise ValueError(f"{shown(name)} has numbers that are none, negative or too large")
+    return tuple(values)
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raise unless they say what is told of a checkpoint."""
+    certificate = facts["certificate"]
+    _check_name(facts["target"])
+    numbers = (facts["t"], *(certificate[name] for name in ("num_snapshots", "profile_error", "rounding_noise")))
+    if not all(type(number) in {int, float} and abs(number) < EXACT for number in numbers):
+        raise ValueError("its certificate is none")
 
 
 def _pieces(shards: Shards, fqn: str, wanted: Box) -> Iterator[tuple[Box, torch.Tensor]]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int], object]  # told the number of bytes read, now and then
 Uses = Mapping[tuple[int, int], Sequence[int]]  # the strips that need a block: (file, block) -> numbers, ascending
 _Key = tuple[int, int, int]  # source, file, block
+_Header = tuple[str, int, int]  # checksum, its bytes, those of the data
 _TENSORS_NAMED = 4
 
 
@@ -67,8 +68,8 @@ class Library:
 
     def __init__(self, store: Store, info: RunInfo) -> None:
         self._store, self._info = store, info
-        self._headers: dict[str, tuple[Entry, ...]] = {}
-        self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._headers: dict[_Header, tuple[Entry, ...]] = {}
+        self._layouts: dict[tuple[_Header, ...], Layout] = {}
 
     def layout(self, snapshot: Snapshot, files: Sequence[tuple[int, ShardFile]]) -> Layout:
         """Where the tensors lie in the files of one profile, each given with its rank.
@@ -77,7 +78,7 @@ class Library:
             DamagedError: a header is not what was written, or together they do not hold each element once.
         """
         for rank, file in files:
-            if file.checksums[0] not in self._headers:
+            if _header(file) not in self._headers:
                 key = f"{snapshot.folder}/{file.name}"
                 header = bytearray(file.header_bytes)
                 read_whole(self._store, snapshot, file, 0, memoryview(header))
@@ -85,10 +86,10 @@ class Library:
                     entries = parse_header(bytes(header), file, self._info, self._store.describe(key))
                 except SnapshotError as error:
                     raise DamagedError(f"{error} Rank {rank} wrote it.", snapshot.folder) from error
-                self._headers[file.checksums[0]] = entries
-        key_of_layout = tuple(file.checksums[0] for _, file in files)
+                self._headers[_header(file)] = entries
+        key_of_layout = tuple(_header(file) for _, file in files)
         if key_of_layout not in self._layouts:
-            layout = Layout(tuple(self._headers[checksum] for checksum in key_of_layout))
+            layout = Layout(tuple(self._headers[header] for header in key_of_layout))
             for fqn, facts in self._info.tensors.items():
                 try:
                     check_exact_cover(fqn, facts.shape, layout.boxes(fqn))
@@ -97,6 +98,11 @@ class Library:
                     raise DamagedError(f"{where} is not what was written: {error}", snapshot.folder) from error
             self._layouts[key_of_layout] = layout
         return self._layouts[key_of_layout]
+
+
+def _header(file: ShardFile) -> _Header:
+    """What makes the headers of two files the same: a checksum alone would let one speak for other data."""
+    return file.checksums[0], file.header_bytes, file.data_bytes
 
 
 def read_whole(store: Store, snapshot: Snapshot, file: ShardFile, position: int, buffer: memoryview) -> None:

@@ -168,10 +168,12 @@ def announce(recipes: Sequence[Recipe]) -> None:
     for left_out in dict.fromkeys(text for recipe in recipes for text in recipe.certificate.left_out):
         _log.warning("left out a snapshot that cannot be used, %s", left_out)
     for recipe in recipes:
-        if recipe.certificate.left_out:
+        certificate = recipe.certificate
+        without, with_all = f"{certificate.profile_error:.2%}", f"{certificate.error_with_all:.2%}"
+        if certificate.left_out and without != with_all:
             _log.warning(
-                "%s at t=%d: without what was left out, the profile error is %.2f%% instead of %.2f%%", recipe.target,
-                recipe.t, 100 * recipe.certificate.profile_error, 100 * recipe.certificate.error_with_all,
+                "%s at t=%d: without what was left out, the profile error is %s instead of %s",
+                recipe.target, recipe.t, without, with_all,
             )  # fmt: skip
     for later, t in {text: recipe.t for recipe in recipes for text in recipe.certificate.ends_before}.items():
         _log.warning("averages end at t=%d, before a snapshot that cannot be used, %s", t, later)
