@@ -25,7 +25,7 @@ demo: $(READY)
 
 # All tests, the S3 server included: it comes with the environment and is started by the tests that need it.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # Kill jobs at random, and break their storage at random, for long; LOOPS=20 MINUTES=2 for less.
 soak: $(READY)
@@ -50,6 +50,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/opening.py
 	$(BIN)/python benchmarks/opening.py --s3 --latency 0.05
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/upload.py
 
 venv: $(READY)
 

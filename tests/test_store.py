@@ -248,7 +248,7 @@ def test_a_url_keeps_its_slashes_and_loses_its_credentials() -> None:
     assert store.url == "s3://bucket/a//b"
     assert store.describe("k") == "s3://bucket/a//b/k"
     assert store.read_concurrency == 16
-    assert open_store("s3://user:secret@bucket/run").url == "s3://bucket/run"
+    assert open_store("https://user:secret@host/run").url == "https://host/run"
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,20 @@ def _read_manifests(store: Store, attempts: Mapping[str, Attempt], sizes: Sizes,
         try:
             _check_manifests(parsed[folder], folder, attempts[folder], sizes.get(folder), bounds)
             found[folder] = tuple(parsed[folder])
+        except _RefusedError as error:
+            found[folder] = Refused(error)
         except RunError as error:
             found[folder] = str(error)
+
+
+class Refused(str):
+    """What is wrong with a snapshot that is finished, and of which some rank had nothing to give."""
+
+    __slots__ = ()
+
+
+class _RefusedError(SnapshotError):
+    pass
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,7 @@ def _check_manifests(
         if theirs != ours or manifest.rank != rank:
             raise SnapshotError(f"the manifest of rank {rank} was written by another job")
         if manifest.refused is not None:
-            raise SnapshotError(f"rank {rank} had nothing to give: {one_line(manifest.refused)}")
+            raise _RefusedError(f"rank {rank} had nothing to give: {one_line(manifest.refused)}")
         if manifest.block_bytes != manifests[0].block_bytes:
             raise SnapshotError(f"rank {rank} has other blocks than rank 0")
         _check_files(manifest, sizes, bounds)

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from phema_dist import schedule
-from phema_dist.errors import KeyMissingError, SettingsError
+from phema_dist.errors import SettingsError
 from phema_dist.storage.manifest import INDEX_NAME
 from phema_dist.storage.run import delete_snapshot, newest_attempt, open_run
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from phema_dist.storage.run import Known, Run, Snapshot
     from phema_dist.storage.store import Store
 
-_OF_SNAPSHOT = re.compile(r"snapshots/(\d+)-a(\d+)(/sigma_rel-)?")  # a shard or its folder has all three
-_LOOKS = 5  # at a run that changes while we look
+_OF_SNAPSHOT = re.compile(r"snapshots/([0-9]{1,18})-a([0-9]{1,9})(/sigma_rel-)?")  # a shard or its folder has all three
 _LATER = 2  # complete snapshots of the same attempt, after which nobody finishes an earlier one
 
 
@@ -55,15 +54,8 @@ def collect_garbage(
         raise SettingsError(f"keep must be at least 1; got {keep}.")
     known: Known = {}
     done: set[str] = set()
-    looks_left = _LOOKS
     while True:
-        try:
-            run = open_run(store, known)
-        except KeyMissingError:  # somebody deletes, too
-            looks_left -= 1
-            if not looks_left:
-                raise
-            continue
+        run = open_run(store, known)
         if not run.attempts:
             return
         for garbage in chain(_dead_snapshots(run, keep, abandoned=abandoned), _dead_puts(store, run)):
@@ -79,7 +71,7 @@ def collect_garbage(
 
 
 def partials(run: Run) -> list[Snapshot]:
-    """Snapshots that lack a manifest, and that nobody will finish.
+    """Snapshots that lack a manifest, or what some rank should have given, and that nobody will finish.
 
     A superseded job stops. And a rank writes its snapshots in order: it has done with what comes before others that are
     complete.
@@ -93,7 +85,8 @@ def partials(run: Run) -> list[Snapshot]:
         later = sum(t > snapshot.t for t in complete.get(snapshot.attempt, ()))
         return snapshot.attempt < run.attempts[-1].number or later >= _LATER
 
-    return [s for s in (*run.snapshots, *run.abandoned) if s.unfinished and s.t not in run.pins and is_dead(s)]
+    candidates = (s for s in (*run.snapshots, *run.abandoned) if s.unfinished or s.refused)
+    return [s for s in candidates if s.t not in run.pins and is_dead(s)]
 
 
 def left_behind(run: Run, *, abandoned: bool = False) -> list[Snapshot]:

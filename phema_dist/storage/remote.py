@@ -56,6 +56,11 @@ _BROKEN_CONNECTION = {  # of botocore and aiohttp, by name: no client library is
 _SERVER_FAILED = 500
 
 
+def without_credentials(url: str) -> str:
+    """A URL, or a text with some, without users and passwords; these may hold slashes."""
+    return re.sub(r"(?<=://)([^@\s/]+|[^@\s/]*:[^@\s]*)@", "", url)
+
+
 class Client(NamedTuple):
     """A filesystem of fsspec that belongs to one process."""
 
@@ -128,7 +133,7 @@ class FsspecStore:
 
     def __init__(self, url: str, options: Mapping[str, Any], deadline_seconds: float) -> None:
         self._url, self._options, self.deadline_seconds = url.rstrip("/"), options, deadline_seconds
-        self.url = re.sub(r"://[^/@]*@", "://", self._url)
+        self.url = without_credentials(self._url)
         self._clients: dict[int, Client] = {}  # by process: connections do not survive a fork
         self._worked = False  # once it did, its settings are right
         self._client()
@@ -244,7 +249,7 @@ class FsspecStore:
         options = {**options, "skip_instance_cache": True, "use_listings_cache": False}
         try:
             filesystem, root = fsspec.core.url_to_fs(self._url, **options)
-        except (ImportError, KeyError, TypeError, ValueError) as error:
+        except (ImportError, KeyError, TypeError, ValueError, OSError) as error:
             raise SettingsError(
                 f"cannot open {self.url}: {self.said(error)}. "
                 "For s3:// install phema-dist with its extra [s3]; else check URL, fsspec client and storage_options."
@@ -316,6 +321,7 @@ class FsspecStore:
     def said(self, error: Exception) -> str:
         """Return one line of what an error says, without any credential of the options."""
         text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": .")
+        text = without_credentials(text)
         for secret in _secrets(self._options):
             text = text.replace(secret, "***")
         return text

@@ -24,6 +24,7 @@ from phema_dist.profile import MAX_SIGMA_REL
 from phema_dist.storage.completeness import (
     SNAPSHOT,
     Bounds,
+    Refused,
     check_size,
     index_batches,
     manifest_names,
@@ -57,6 +58,7 @@ _PIN = re.compile(r"pins/([0-9]{1,16})")
 # Bytes of a document, before it is read: what is larger is none. Parsed, it may take 20 times that, a real one 5 times.
 _LARGEST_INFO = 32 << 20  # of 200 000 tensors
 _LARGEST_ATTEMPT = 64 << 10
+_LOOKS = 5  # at a run that changes while we look
 _MOST_ATTEMPTS = 100_000
 _MOST_SIGMA_RELS = 64
 _LEAST_SIGMA_REL = 1e-9
@@ -73,6 +75,7 @@ class Snapshot:
     manifests: tuple[Manifest, ...]  # by rank, if complete
     problem: str | None
     unfinished: bool = False  # some rank has not written its manifest
+    refused: bool = False  # some rank has written that it had nothing to give
 
     @property
     def folder(self) -> str:
@@ -148,10 +151,13 @@ def open_run(store: Store, known: Known | None = None) -> Run:
 def find_run(store: Store, known: Known | None = None) -> Run | None:
     """The run in a store, as open_run reads it, or None if there is none."""
     known = {} if known is None else known
-    try:
-        return _read_run(store, store.list(), known)
-    except KeyMissingError:  # retention of a job that writes has deleted a snapshot meanwhile
-        return _read_run(store, store.list(), known)
+    for looks_left in reversed(range(_LOOKS)):
+        try:
+            return _read_run(store, store.list(), known)
+        except KeyMissingError:  # a job or `phema gc` has deleted a snapshot meanwhile
+            if not looks_left:
+                raise
+    raise AssertionError
 
 
 def load_snapshots(store: Store, folders: Iterable[str]) -> dict[str, Snapshot]:
@@ -292,7 +298,7 @@ def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run | N
 
 def _snapshot(folder: str, num_bytes: int, manifests: tuple[Manifest, ...] | str) -> Snapshot:
     whole, problem = ((), manifests) if isinstance(manifests, str) else (manifests, None)
-    return Snapshot(*t_and_attempt(folder), num_bytes, whole, problem)
+    return Snapshot(*t_and_attempt(folder), num_bytes, whole, problem, refused=isinstance(manifests, Refused))
 
 
 def _parse_info(store: Store, text: bytes) -> RunInfo:

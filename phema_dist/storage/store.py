@@ -16,12 +16,13 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from phema_dist.errors import AccessError, KeyExistsError, KeyMissingError, PhemaError, SettingsError, StorageError
 from phema_dist.storage.key import checked
-from phema_dist.storage.remote import DEADLINE_SECONDS, FsspecStore
+from phema_dist.storage.remote import DEADLINE_SECONDS, FsspecStore, without_credentials
 from phema_dist.storage.s3 import S3Store
 
 
@@ -82,14 +83,19 @@ def open_store(
         SettingsError: no such protocol, its client is not installed, or an option that it does not know.
     """
     text = os.fspath(url)
+    shown = without_credentials(text)
     if not isinstance(url, str) and re.match(r"[a-z][a-z0-9+.-]+:/", text):
-        raise SettingsError(f"a URL must be a str: as a path it lost a slash and became {text!r}.")
+        raise SettingsError(f"a URL must be a str: as a path it lost a slash and became {shown!r}.")
     if "::" in text:
-        raise SettingsError(f"a chained URL cannot promise whole objects: give the inner one of {text!r}.")
+        raise SettingsError(f"a chained URL cannot promise whole objects: give the inner one of {shown!r}.")
     if re.match(r"(s3a?|gs|gcs|abfss?|az)://(/|$)", text):
-        raise SettingsError(f"checkpoint_dir must name a bucket, as in s3://bucket/run; got {text!r}.")
+        raise SettingsError(f"checkpoint_dir must name a bucket, as in s3://bucket/run; got {shown!r}.")
+    if re.match(r"s3a?://[^/]*[:@]", text):
+        raise SettingsError(
+            "an s3:// URL must begin with its bucket; give credentials in storage_options or the environment."
+        )
     if not text or re.match(r"(s3a?|gs|gcs|abfss?|az|https?|hf|hdfs)(:/?[^/]|:$|//)", text):
-        raise SettingsError(f"checkpoint_dir must be a folder or a URL such as s3://bucket/run; got {text!r}.")
+        raise SettingsError(f"checkpoint_dir must be a folder or a URL such as s3://bucket/run; got {shown!r}.")
     protocol, separator, rest = text.partition("://")
     if not separator or protocol in {"file", "local"}:
         return LocalStore(rest if separator else text)
@@ -189,7 +195,9 @@ class LocalStore:
                             folders.append(entry.path)
                             continue
                         with contextlib.suppress(FileNotFoundError):  # deleted while we looked
-                            found[entry.path[len(self.url) + 1 :]] = entry.stat().st_size
+                            facts = entry.stat()
+                            if stat.S_ISREG(facts.st_mode):  # to open a pipe would wait for ever
+                                found[entry.path[len(self.url) + 1 :]] = facts.st_size
         except OSError as error:
             raise _local_error(error, "listing", top) from error
         return dict(sorted(found.items()))

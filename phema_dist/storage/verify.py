@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from phema_dist.errors import KeyMissingError, RunError
+from phema_dist.errors import RunError
 from phema_dist.storage.manifest import INDEX_NAME, RUN_KEY, Index, Manifest, from_json, manifest_name
 from phema_dist.storage.run import open_run
 from phema_dist.storage.scan import File, Finding, Progress, Scan
@@ -47,7 +47,7 @@ def verify(store: Store, progress: Progress | None = None) -> Verdict:
     known: Known = {}
     scan = Scan(store, progress)
     try:
-        run = _open(store, known)
+        run = open_run(store, known)
     except RunError as error:
         if RUN_KEY not in store.list():
             raise
@@ -61,7 +61,7 @@ def verify(store: Store, progress: Progress | None = None) -> Verdict:
         }
         if not suspects:
             break
-        run = _open(store, known)
+        run = open_run(store, known)
         changed = [folder for folder, files in suspects.items() if _files(run, known, folder) != files]
         for folder in changed:
             del findings[folder]
@@ -75,17 +75,6 @@ def verify(store: Store, progress: Progress | None = None) -> Verdict:
         sum(snapshot.problem is None for _, snapshot in known.values()),
         scan.num_bytes,
     )
-
-
-def _open(store: Store, known: Known) -> Run:
-    """Look at the table of contents, again if a job deletes what it has just named."""
-    for looks_left in reversed(range(_LOOKS)):
-        try:
-            return open_run(store, known)
-        except KeyMissingError:
-            if not looks_left:
-                raise
-    raise AssertionError
 
 
 def _files(run: Run, known: Known, folder: str) -> object:

@@ -7,7 +7,6 @@ own name once all of it is on the disk. A hidden file that nobody has locked was
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ import torch
 
 from phema_dist.errors import AccessError, PhemaError, SettingsError, StorageError
 from phema_dist.shard import Box, flat_span
+from phema_dist.storage.document import parse_json
 from phema_dist.storage.store import make_folder, name_file, sync_folder
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size  # noqa: PLR2004  as the format says
         if 8 + length > size or length > _LARGEST_HEADER:
             raise ValueError("it is no safetensors file")
-        table = json.loads(file.read(length))
+        table = parse_json(file.read(length))
     if not isinstance(table, dict):
         raise ValueError("it is no safetensors file")  # noqa: TRY004  told like the other ways of being none
     try:
