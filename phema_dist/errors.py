@@ -5,6 +5,7 @@
     ├── SettingsError         (ValueError)         an argument that cannot work
     ├── LayoutError           (ValueError)         a model that cannot be averaged without being wrong
     ├── RunError              (ValueError)         a run that does not fit: already there, of another model, …
+    │   ├── SupersededError                        another job continues this run
     │   └── SnapshotError                          a snapshot that is missing, incomplete or damaged
     │       └── DamagedError                       a stored file is not what was written
     ├── BackgroundError       (RuntimeError)       a background thread failed; its error is the cause
@@ -35,6 +36,10 @@ class LayoutError(PhemaError, ValueError):
 
 class RunError(PhemaError, ValueError):
     """A run in storage that does not fit what was asked."""
+
+
+class SupersededError(RunError):
+    """Another job continues this run, or has begun one in its place."""
 
 
 class SnapshotError(RunError):

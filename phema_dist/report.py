@@ -40,7 +40,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 def _row(run: Run, snapshot: Snapshot) -> dict[str, Any]:
     attempts = {attempt.number: attempt for attempt in run.attempts}
     state = f"incomplete: {snapshot.problem}" if snapshot.problem else "complete"
-    if snapshot in run.abandoned:
+    if snapshot in run.abandoned and run.attempts:
         newest = run.attempts[-1]
         state = f"hidden: the newest attempt, {newest.number}, went on from t={newest.t} of {newest.parent} ({state})"
     return {

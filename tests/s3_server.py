@@ -111,6 +111,7 @@ class S3Server:
             *(_weed(), "-logtostderr=true", "mini", f"-dir={data}", f"-s3.config={users}", *ports),
             *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             *("-admin.ui=false", "-webdav=false", "-s3.autoCreateBucket=false"),
+            "-volume.max=10000",  # a bucket takes several, and they are as large as what is in them
             "-master.telemetry=false",  # or it calls an outside host
         ]
         environment = {**os.environ, "GOMEMLIMIT": "400MiB", "GOGC": "50"}  # or it takes gigabytes

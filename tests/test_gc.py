@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,9 @@ from torch import nn
 
 from phema_dist import PostHocEMA, synthesize
 from phema_dist.cli import main
-from phema_dist.errors import KeyMissingError, RunError, SettingsError
+from phema_dist.errors import BackgroundError, KeyMissingError, RunError, SettingsError
 from phema_dist.storage.gc import collect_garbage
-from phema_dist.storage.run import delete_snapshot, open_run, start_attempt
+from phema_dist.storage.run import delete_snapshot, open_run, start_attempt, write_index
 from phema_dist.storage.store import LocalStore, Store, open_store
 from phema_dist.storage.verify import verify
 from phema_dist.training import policy
@@ -185,8 +186,9 @@ def test_the_next_start_removes_what_earlier_ones_left_once(tmp_path: Path, monk
 
     monkeypatch.setattr(LocalStore, "unfinished", watched)
     known: Any = {}
+    swept: set[int] = set()
     for _ in range(3):
-        tidy(place_of(store), 6000, known, set())
+        tidy(place_of(store), 6000, known, set(), swept)
     assert len(asked) == 1
     assert not any(path.exists() for path in dead)
     assert all(path.exists() for path in others)
@@ -206,7 +208,7 @@ def test_a_job_that_is_superseded_while_it_deletes_stops(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(policy.runs, "delete_snapshot", delete)
     with pytest.raises(RunError, match="superseded by attempt 1"):
-        tidy(place, 6000, {}, set())
+        tidy(place, 6000, {}, set(), set())
     assert len(deleted) == 1
     assert len(open_run(store).complete) >= 4
 
@@ -345,6 +347,47 @@ def test_snapshots_that_stay_incomplete_are_told_once_naming_the_ranks(
         store.delete([f"{at(t)}/index.json", f"{at(t)}/rank-00001-of-00003.json"])
     for t, texts in ((3000, []), (4000, ["t=2000"]), (4000, [])):  # two are not whole, and the third is begun
         caplog.clear()
-        tidy(place_of(store), t, {}, told)
+        tidy(place_of(store), t, {}, told, set())
         assert [text for text in ("t=2000", "t=3000", "t=4000") if f"rank 0, {text}: " in caplog.text] == texts
         assert not texts or "manifests of rank 1 of 3 are missing. Is update_ called on every rank?" in caplog.text
+
+
+def test_a_job_whose_run_was_replaced_stops_and_harms_nothing(tmp_path: Path) -> None:
+    model, path = nn.Linear(3, 2), tmp_path / "run"
+    old = PostHocEMA.from_model(model, path, 2, update_every=1, checkpoint_every=1)
+    old.update_()
+    old._session.writer.drain()  # type: ignore[union-attr]
+    shutil.rmtree(path)
+    with PostHocEMA.from_model(model, path, update_every=1, checkpoint_every=1) as new:
+        for _ in range(6):
+            new.update_()
+            new._session.writer.drain()  # type: ignore[union-attr]
+    before = {s.folder for s in open_run(open_store(path)).complete}
+    with pytest.raises(BackgroundError, match="has become the run of another job"):
+        for _ in range(9):
+            old.update_()
+            old._session.writer.drain()  # type: ignore[union-attr]
+    assert {s.folder for s in open_run(open_store(path)).complete} == before
+    assert len(before) == 6
+
+
+def test_what_was_complete_and_lost_a_manifest_is_left_to_be_mended(tmp_path: Path) -> None:
+    store = made((str(tmp_path / "run"), {}))
+    run = open_run(store)
+    write_index(store, run.complete[0])
+    store.delete([f"{run.complete[0].folder}/rank-00001-of-00002.json"])
+    assert list(collect_garbage(store)) == []
+    assert open_run(store).snapshots[0].unfinished
+
+
+def test_a_lost_record_of_an_attempt_stops_a_resume_instead_of_hiding_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path = nn.Linear(3, 2), tmp_path / "run"
+    with PostHocEMA.from_model(model, path, update_every=1, checkpoint_every=1) as ema:
+        ema.update_()
+    (path / "attempts/0.json").unlink()
+    with pytest.raises(RunError, match=r"attempts/0\.json is gone, .* 1 snapshots, up to t=1\. Put it back"):
+        PostHocEMA.from_model(model, path, resume=True)
+    assert main(["ls", str(path)]) == 0
+    assert "its attempt is not recorded" in capsys.readouterr().out

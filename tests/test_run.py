@@ -632,7 +632,7 @@ def test_a_superseded_attempt_writes_no_index(tmp_path: Path) -> None:
     place = Place(found.store, found.attempts[0], 0, (0.05, 0.28), 0, 20, 5)
     start_attempt(found.store, 1, 1, 0, 15)
     with pytest.raises(RunError, match=r"attempt 0 of .* is superseded by attempt 1"):
-        tidy(place, 15, {}, set())
+        tidy(place, 15, {}, set(), set())
     assert indexes_of(found.store) == {}
-    tidy(replace(place, attempt=open_run(found.store).attempts[1]), 15, {}, set())
+    tidy(replace(place, attempt=open_run(found.store).attempts[1]), 15, {}, set(), set())
     assert len(indexes_of(found.store)) == 2

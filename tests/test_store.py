@@ -306,6 +306,8 @@ def test_a_client_that_is_not_there_is_a_settings_error(
 
 
 def test_obstore_is_the_default_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):  # obstore would not know that certificate
+        monkeypatch.delenv(name, raising=False)
     assert open_store("s3://bucket/run")._carries()
     assert not open_store("s3://bucket/run", {"client": "s3fs"})._carries()
     assert not open_store("s3://bucket/run", {"client_kwargs": {"verify": "/ca.pem"}})._carries()
@@ -691,3 +693,43 @@ def test_an_odd_answer_is_no_settings_error_once_the_store_has_worked(
             verb(store)
         with pytest.raises(SettingsError, match="KeyError: 'ETag'"):
             verb(new)
+
+
+@pytest.mark.s3
+def test_an_upload_that_is_gone_is_discarded_at_once(s3_url: tuple[str, dict[str, Any]]) -> None:
+    url, options = s3_url
+    store = open_store(url, options)
+    begin_put(url, "old/a", options)
+    (handle,) = store.unfinished()
+    store.discard([handle])
+    begin = time.monotonic()
+    store.discard([handle])
+    assert time.monotonic() - begin < 8  # it was repeated until the deadline
+
+
+@pytest.mark.s3
+def test_ranges_take_few_connections(s3_url: tuple[str, dict[str, Any]]) -> None:
+    url, options = s3_url
+    store = open_store(url, {**options, "client": "obstore"})
+    for number in range(60):
+        store.put(f"file-{number}", bytes(64_000))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    def read(i: int) -> None:
+        store.read_into(f"file-{i // 8}", i % 8 * 8000, memoryview(bytearray(8000)))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(read, range(60 * 8)))
+        assert len(list(Path("/proc/self/fd").iterdir())) < before + 150  # once 700
+
+
+def test_a_rate_limit_is_no_refusal() -> None:
+    said = "Server returned non-2xx status code: {}: body"
+    assert [carrier.refused(RuntimeError(said.format(code))) for code in (403, 408, 409, 429, 503)] == [
+        True, False, False, False, False,
+    ]  # fmt: skip
+
+
+def test_a_local_folder_takes_no_storage_options(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="storage_options are for object stores"):
+        open_store(tmp_path, {"endpoint_url": "http://x"})

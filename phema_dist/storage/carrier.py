@@ -18,7 +18,8 @@ from typing import Any
 
 _HOME = os.getpid()
 _NUM_RETRIES = 2  # of one body; then s3fs tries
-_REFUSED = re.compile(r"non-2xx status code: 4\d\d|not supported")
+_IDLE_SECONDS = 5.0
+_REFUSED = re.compile(r"non-2xx status code: 4(?!08|09|29)\d\d|not supported")
 
 
 @functools.cache
@@ -42,7 +43,9 @@ def opened(url: str, seconds: float) -> Any:
 
     # To read the certificates of this machine takes 6 ms under Python's lock: not for http, which looks at none.
     plain = {"allow_http": True, "allow_invalid_certificates": True} if url.startswith("http://") else {}
-    options: Any = {"timeout": timedelta(seconds=seconds), **plain}
+    # Each client keeps its connections; there are as many clients as files that are being read.
+    pool = {"pool_max_idle_per_host": "1", "pool_idle_timeout": timedelta(seconds=_IDLE_SECONDS)}
+    options: Any = {"timeout": timedelta(seconds=seconds), **pool, **plain}
     return HTTPStore(url, client_options=options, retry_config={"max_retries": _NUM_RETRIES})
 
 

@@ -61,7 +61,7 @@ def collect_garbage(
         for garbage in chain(_dead_snapshots(run, keep, abandoned=abandoned), _dead_puts(store, run)):
             if (name := garbage.handle or garbage.key) in done:
                 continue
-            if not dry_run and newest_attempt(store) != run.attempts[-1].number:
+            if not dry_run and newest_attempt(store) != run.attempts[-1]:
                 break  # somebody goes on with the run, perhaps from here: look again
             done.add(name)
             if dry_run or _remove(store, garbage, known):
@@ -85,7 +85,12 @@ def partials(run: Run) -> list[Snapshot]:
         later = sum(t > snapshot.t for t in complete.get(snapshot.attempt, ()))
         return snapshot.attempt < run.attempts[-1].number or later >= _LATER
 
-    candidates = (s for s in (*run.snapshots, *run.abandoned) if s.unfinished or s.refused)
+    # An index is written of what is complete: what has one was harmed, and may be mended.
+    candidates = (
+        s
+        for s in (*run.snapshots, *run.abandoned)
+        if s.refused or (s.unfinished and not (s.num_bytes and s.folder in run.indexed))
+    )
     return [s for s in candidates if s.t not in run.pins and is_dead(s)]
 
 

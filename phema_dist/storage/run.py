@@ -225,10 +225,14 @@ def start_attempt(store: Store, world_size: int, number: int, parent: int | None
             return attempt
 
 
-def newest_attempt(store: Store) -> int:
-    """The highest number of an attempt, -1 before the first."""
+def newest_attempt(store: Store) -> Attempt | None:
+    """The attempt with the highest number, None before the first."""
     found = (_ATTEMPT.fullmatch(key) for key in store.list("attempts"))
-    return max((int(match[1]) for match in found if match), default=-1)
+    number = max((int(match[1]) for match in found if match), default=None)
+    if number is None:
+        return None
+    (attempt,) = _parse_attempts(store, {attempt_key(number): store.get(attempt_key(number))})
+    return attempt
 
 
 def write_index(store: Store, snapshot: Snapshot) -> None:

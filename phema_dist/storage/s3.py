@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -39,10 +40,11 @@ _CONFIG: dict[str, Any] = {
 }
 _PART_BYTES = 16 * 2**20  # of s3fs, which copies each
 _CARRIED_BYTES = 64 * 2**20  # of obstore, which copies none; each costs a signature and a client
-_NOT_CARRIED = {"verify", "proxies", "proxies_config", "client_cert"}  # options of connections
+# Options of connections, and variables of the environment that are.
+_NOT_CARRIED = {"verify", "proxies", "proxies_config", "client_cert", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"}
 _LEAST_CARRIED = 4 * 2**20  # below, s3fs needs no longer
 _URL_SECONDS = 3600  # a signed URL lives
-_MOST_URLS = 256
+_MOST_URLS = 16
 _IDLE_SECONDS, _SPREAD_SECONDS = 5.0, 0.25
 _PARTS_AT_ONCE = 4
 _PAGES_AT_ONCE = 32  # of a listing
@@ -163,7 +165,8 @@ class S3Store(FsspecStore):
         while after is not None:
             answer = self._ask("listing", "", "list_multipart_uploads", Bucket=bucket, Prefix=below, **after)
             uploads = answer.get("Uploads", ())
-            found.update((f"{upload['UploadId']} {upload['Key']}", upload["Key"][len(below) :]) for upload in uploads)
+            ours = (upload for upload in uploads if upload["Key"].startswith(below))  # some servers tell of others, too
+            found.update((f"{upload['UploadId']} {upload['Key']}", upload["Key"][len(below) :]) for upload in ours)
             marks = (("KeyMarker", "NextKeyMarker"), ("UploadIdMarker", "NextUploadIdMarker"))
             after = {name: answer[next_] for name, next_ in marks} if answer.get("IsTruncated") else None
         return found
@@ -174,8 +177,13 @@ class S3Store(FsspecStore):
         for handle in handles:
             upload, _, name = handle.partition(" ")
             key = name[len(root) + 1 :] if root else name
-            with contextlib.suppress(FileNotFoundError):
-                self._ask("deleting", key, "abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload)
+            arguments = {"Bucket": bucket, "Key": name, "UploadId": upload}
+
+            def abort(client: Client, seconds: float, _: int, arguments: Mapping[str, str] = arguments) -> None:
+                with contextlib.suppress(FileNotFoundError):  # gone already
+                    client.call(seconds, "call_s3", "abort_multipart_upload", **arguments)
+
+            self._retried("deleting", key, abort)
 
     def _ask(self, doing: str, key: str, method: str, **arguments: Any) -> Any:
         return self._retried(
@@ -204,7 +212,8 @@ class S3Store(FsspecStore):
             filesystem = client.filesystem
             if self._carries():
                 try:
-                    return await carrier.fetch(await self._link_to_read(filesystem, path), start, stop)
+                    async with asyncio.timeout(seconds / 2):  # half is left for s3fs
+                        return await carrier.fetch(await self._link_to_read(filesystem, path), start, stop)
                 except Exception as error:  # noqa: BLE001  s3fs says what is wrong, if it is not obstore
                     self._links.pop(path, None)
                     _log.debug("s3://%s: obstore failed to read (%s), s3fs tries", path, type(error).__name__)
@@ -249,7 +258,8 @@ class S3Store(FsspecStore):
     ) -> Sequence[Any]:
         """Send all parts, each with a limit of its own, so that one stalled connection does not cost an hour."""
         part_bytes = max(_CARRIED_BYTES if self._carries() else _PART_BYTES, math.ceil(len(data) / _MOST_PARTS))
-        seconds = PUT_PATIENCE * self.deadline_seconds / 2 + part_bytes / SLOWEST_BYTES_PER_SECOND
+        # The parts under way share one line.
+        seconds = PUT_PATIENCE * self.deadline_seconds / 2 + _PARTS_AT_ONCE * part_bytes / SLOWEST_BYTES_PER_SECOND
         slots = asyncio.Semaphore(_PARTS_AT_ONCE)
 
         async def send_one(number: int) -> dict[str, Any]:
@@ -274,28 +284,35 @@ class S3Store(FsspecStore):
         if self._carries():
             try:  # without a checksum: a sum in Python takes longer than the sending, and readers check every block
                 url = await self._signed(filesystem, "upload_part", **upload, PartNumber=number)
-                return await carrier.send(carrier.opened(url, seconds), body)
+                return await carrier.send(carrier.opened(url, seconds / 2), body)  # half is left for s3fs
             except Exception as error:  # noqa: BLE001  s3fs says what is wrong, if it is not obstore
                 refused = carrier.refused(error)
                 _log.debug("s3://%s/%s: obstore failed (%s)", upload["Bucket"], upload["Key"], type(error).__name__)
         answer = await filesystem._call_s3("upload_part", **upload, PartNumber=number, Body=bytes(body))  # noqa: SLF001
         if refused:
-            _log.debug("s3://%s: takes parts from s3fs only, which sends them from now on", upload["Bucket"])
+            _log.warning(
+                "s3://%s takes parts from s3fs only, which sends them from now on; it holds Python's lock for longer",
+                upload["Bucket"],
+            )
             self._carried = False
         etag: str = answer["ETag"]
         return etag
 
     async def _link_to_read(self, filesystem: Any, path: str) -> Any:
         """Return a client that reads an object; it keeps its connections, so it is kept for the next range."""
-        until, link = self._links.get(path, (0.0, None))
-        if time.monotonic() > until:
+
+        async def opened() -> Any:
             bucket, name, _ = filesystem.split_path(path)
             url = await self._signed(filesystem, "get_object", Bucket=bucket, Key=name)
-            link = carrier.opened(url, _URL_SECONDS)
-            if len(self._links) >= _MOST_URLS:
-                self._links.clear()
+            return carrier.opened(url, _URL_SECONDS)
+
+        until, link = self._links.get(path, (0.0, None))
+        if time.monotonic() > until:
+            while len(self._links) >= _MOST_URLS:
+                del self._links[next(iter(self._links))]
+            link = asyncio.ensure_future(opened())  # one for all who ask meanwhile
             self._links[path] = time.monotonic() + _URL_SECONDS / 2, link
-        return link
+        return await asyncio.shield(link)
 
     async def _signed(self, filesystem: Any, method: str, **arguments: Any) -> str:
         """Return the URL of a request that s3fs would make, signed; it needs no header."""
@@ -322,10 +339,20 @@ def _carried(client: str | None, options: Mapping[str, Any]) -> bool:
             "or leave it out."
         )
     given = {*(options.get("client_kwargs") or {}), *(options.get("config_kwargs") or {})}
+    if not _endpoint(options).startswith("http://"):  # there no certificate is looked at
+        given |= {name for name, value in os.environ.items() if value}
     if unknown := sorted(given & _NOT_CARRIED):
+        if client == "obstore":
+            raise SettingsError(f'storage_options: client "obstore" cannot follow {unknown}; leave client out.')
         _log.debug("obstore cannot follow the storage_options %s: s3fs does all", unknown)
         return False
     return client != "s3fs" and carrier.installed()
+
+
+def _endpoint(options: Mapping[str, Any]) -> str:
+    inner = (options.get("client_kwargs") or {}).get("endpoint_url")
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    return str(options.get("endpoint_url") or inner or next(filter(None, map(os.environ.get, names)), ""))
 
 
 def _sign_as_requests(signature_version: Any, **_: Any) -> str | None:

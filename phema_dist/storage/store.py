@@ -98,6 +98,11 @@ def open_store(
         raise SettingsError(f"checkpoint_dir must be a folder or a URL such as s3://bucket/run; got {shown!r}.")
     protocol, separator, rest = text.partition("://")
     if not separator or protocol in {"file", "local"}:
+        if storage_options:
+            raise SettingsError(
+                f"storage_options are for object stores, and {shown!r} is a local folder; give s3://bucket/run, or no "
+                "storage_options."
+            )
         return LocalStore(rest if separator else text)
     kind = S3Store if protocol in {"s3", "s3a"} else FsspecStore
     return kind(text, storage_options or {}, deadline_seconds)

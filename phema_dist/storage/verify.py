@@ -31,7 +31,7 @@ class Verdict:
 
     problems: tuple[Finding, ...]
     notes: tuple[Finding, ...]
-    num_complete: int  # snapshots, hidden ones too
+    num_complete: int  # snapshots without a problem, hidden ones too
     num_bytes: int  # of shard files that were read
 
 
@@ -72,7 +72,7 @@ def verify(store: Store, progress: Progress | None = None) -> Verdict:
     return Verdict(
         tuple(f for f in found if not f.is_note),
         tuple(f for f in found if f.is_note),
-        sum(snapshot.problem is None for _, snapshot in known.values()),
+        sum(s.problem is None and all(f.is_note for f in findings.get(folder, ())) for folder, (_, s) in known.items()),
         scan.num_bytes,
     )
 

@@ -77,7 +77,11 @@ def drain_on_sigterm() -> None:
         SettingsError: this is not the main thread, or SIGTERM is handled by something that is not Python.
     """
     before = signal.getsignal(signal.SIGTERM)
-    if _sigterms or before is signal.SIG_IGN:
+    if before is signal.SIG_IGN:
+        return
+    if _sigterms:
+        if before in {signal.SIG_DFL, signal.default_int_handler}:  # somebody took ours away and left nothing
+            signal.signal(signal.SIGTERM, _sigterms[0].handler)
         return
     if threading.current_thread() is not threading.main_thread():
         raise SettingsError(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from phema_dist.errors import RunError, StorageError
+from phema_dist.errors import StorageError, SupersededError
 from phema_dist.storage import run as runs
 from phema_dist.storage.gc import dead_puts, left_behind, not_kept, partials
 from phema_dist.storage.manifest import Attempt, attempt_key
@@ -71,10 +71,20 @@ class Grid:
             self.every //= 2
 
 
-def check_not_superseded(place: Place, newest: int) -> None:
-    """Raise RunError if the newest attempt is a later one than ours, StorageError if ours is not recorded any more."""
+def check_not_superseded(place: Place, run: runs.Run | None = None) -> None:
+    """Raise SupersededError if the newest attempt is not ours, StorageError if ours is not recorded any more.
+
+    `run` is a look at the run, if there has just been one.
+    """
+    recorded = runs.newest_attempt(place.store) if run is None else next(iter(run.attempts[-1:]), None)
+    newest = -1 if recorded is None else recorded.number
+    if recorded is not None and newest == place.attempt.number and recorded.token != place.attempt.token:
+        raise SupersededError(
+            f"{place.store.url} has become the run of another job, which began where this one's was removed. Stop one "
+            "of them, or give each its own folder."
+        )
     if newest > place.attempt.number:
-        raise RunError(
+        raise SupersededError(
             f"attempt {place.attempt.number} of {place.store.url} is superseded by attempt {newest}: another job "
             "continues this run. Stop one of them, or give each its own folder."
         )
@@ -85,33 +95,34 @@ def check_not_superseded(place: Place, newest: int) -> None:
         )
 
 
-def tidy(place: Place, t: int, known: runs.Known, told: set[int]) -> None:
+def tidy(place: Place, t: int, known: runs.Known, told: set[int], swept: set[int]) -> None:
     """On rank 0: delete what retention no longer needs, counting the snapshot at t, which may not be whole yet.
 
-    Also what nobody will finish and, at the first turn of an attempt, what the puts of earlier ones have left. What
-    stays, and is older than the newest complete snapshot, gets an index.
+    Also what nobody will finish and, once in an attempt, what the puts of earlier ones have left. What stays, and is
+    older than the newest complete snapshot, gets an index.
 
     Args:
         place: where.
         t: of the snapshot that this rank has just written.
         known: what was read of the run before, brought up to date.
         told: t of incomplete snapshots that were reported, brought up to date.
+        swept: attempts in which dead puts were removed, brought up to date.
     """
-    is_first = all(snapshot.attempt != place.attempt.number for _, snapshot in known.values())
     run = runs.open_run(place.store, known)
-    check_not_superseded(place, run.attempts[-1].number if run.attempts else -1)
+    check_not_superseded(place, run)
     _tell_incomplete(place, run, t, told)
-    if is_first:  # of this attempt: to list them costs a request
-        place.store.discard(dead_puts(run, place.store.unfinished()))
     unwanted = {s.folder: s for s in (*partials(run), *left_behind(run), *not_kept(run, place.max_checkpoints, t))}
     for number, folder in enumerate(unwanted):
         if number:  # the others took their time
-            check_not_superseded(place, runs.newest_attempt(place.store))
+            check_not_superseded(place)
         runs.delete_snapshot(place.store, folder)
     newest = run.newest()
     if newest is not None:
         kept = (s for s in run.complete if s.t < newest.t and s.folder not in unwanted)
         _write_indexes(place, (s for s in kept if s.folder not in run.indexed))
+    if place.attempt.number not in swept:  # to list them costs a request
+        place.store.discard(dead_puts(run, place.store.unfinished()))
+        swept.add(place.attempt.number)
 
 
 def _write_indexes(place: Place, snapshots: Iterable[runs.Snapshot]) -> None:

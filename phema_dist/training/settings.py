@@ -40,6 +40,8 @@ class Settings:
         for name, known in (("on_error", ("warn", "raise")), ("on_busy", ("wait", "skip"))):
             if (choice := getattr(self, name)) not in known:
                 raise SettingsError(f"{name} must be one of {known}; got {choice!r}.")
+        if not isinstance(self.drain_on_sigterm, bool):
+            raise SettingsError(f"drain_on_sigterm must be True or False; got {self.drain_on_sigterm!r}.")
         if self.sigma_rels is not None:
             if not self.sigma_rels or len(set(self.sigma_rels)) != len(self.sigma_rels):
                 raise SettingsError(f"sigma_rels must be one or more different numbers; got {self.sigma_rels}.")

@@ -57,14 +57,31 @@ def look(store: Store, ownership: Ownership, settings: Settings, *, resume: bool
         )
     check_sigma_rels(store, run.info, settings)
     _check_same_tensors(store, run.info, wanted)
+    _check_attempts(run)
     parent = newest if resume is True else run.newest(resume)
     _tell_what_is_lost(run, parent, resume=resume)
     return Found(run.info, is_new=False, parent=parent, next_attempt=run.next_attempt)
 
 
+def _check_attempts(run: runs.Run) -> None:
+    """Raise RunError if snapshots have lost the record of their attempt: to go on would hide them for ever."""
+    recorded = {attempt.number for attempt in run.attempts}
+    lost = [s for s in (*run.snapshots, *run.abandoned) if s.attempt not in recorded]
+    if lost:
+        key = attempt_key(lost[0].attempt)
+        raise RunError(
+            f"{run.store.describe(key)} is gone, the record of the attempt that wrote {len(lost)} snapshots, up to "
+            f"t={max(s.t for s in lost)}. Put it back, or delete those snapshots, or choose another checkpoint_dir."
+        )
+
+
 def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool | int) -> None:
     """Log what a person who resumes may not expect."""
     url, t = run.store.url, parent.t if parent else 0
+    if parent is None and run.attempts:
+        _log.warning("%s: nothing complete to go on from is there; averaging begins afresh", url)
+    elif parent is not None:
+        _log.info("%s: going on from t=%d of attempt %d", url, t, parent.attempt)
     asked = float("inf") if resume is True else resume
     for snapshot in run.snapshots:
         if snapshot.problem and t < snapshot.t <= asked:

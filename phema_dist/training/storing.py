@@ -11,13 +11,13 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING
 
-from phema_dist.errors import RunError, StorageError
+from phema_dist.errors import RunError, StorageError, SupersededError
 from phema_dist.storage.manifest import Manifest, shard_name
-from phema_dist.storage.run import Known, newest_attempt
 from phema_dist.storage.snapshot import write_snapshot
 from phema_dist.training.policy import Place, check_not_superseded, tidy
 
 if TYPE_CHECKING:
+    from phema_dist.storage.run import Known
     from phema_dist.training.buffers import SnapshotBuffers
     from phema_dist.training.status import Counts
 
@@ -38,18 +38,22 @@ class Storing:
         self._lost: deque[StorageError] = deque(maxlen=1)  # not told yet
         self._known: Known = {}  # what rank 0 has read of the run
         self._told: set[int] = set()  # t of incomplete snapshots that were reported
+        self._swept: set[int] = set()  # attempts in which dead puts were removed
 
     def check(self) -> None:
         """Raise StorageError if a snapshot was lost and that was not told yet; on the training thread."""
-        if self._lost:
-            raise self._lost.pop()
+        try:
+            lost = self._lost.pop()
+        except IndexError:  # perhaps taken a moment ago, by the one who drains at SIGTERM
+            return
+        raise lost
 
     def store(self, manifest: Manifest) -> None:
-        """Store this rank's part of a snapshot. Raises RunError if another job has taken over the run."""
+        """Store this rank's part of a snapshot. Raises SupersededError if another job has taken over the run."""
         counts = self._counts
         try:
             counts.num_bytes += self._put(manifest)
-        except (RunError, MemoryError):
+        except (SupersededError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001  the training goes on without this snapshot
             self._lose(manifest.t, error)
@@ -66,7 +70,7 @@ class Storing:
     def _put(self, manifest: Manifest) -> int:
         place = self.place
         if place.rank == 0:
-            check_not_superseded(place, newest_attempt(place.store))
+            check_not_superseded(place)
         images = [] if manifest.refused else [
             (shard_name(sigma_rel, place.rank, number), sigma_rel, image)
             for sigma_rel, files in zip(place.sigma_rels, self._buffers.files, strict=True)
@@ -90,21 +94,13 @@ class Storing:
         """On rank 0: what fails here comes again after the next snapshot, unless this job is superseded."""
         place = self.place
         try:
-            tidy(place, t, self._known, self._told)
-        except MemoryError:
+            tidy(place, t, self._known, self._told, self._swept)
+        except (SupersededError, MemoryError):
             raise
-        except Exception as error:
-            if isinstance(error, RunError) and self._is_superseded():
-                raise
+        except Exception as error:  # noqa: BLE001  the training goes on with what is there
             self._tell(t, "older snapshots could not be deleted", error)
-        mine = (s.t for _, s in self._known.values() if s.attempt == place.attempt.number and s.problem is None)
+        mine = (s.t for _, s in self._known.values() if s.manifests and s.manifests[0].token == place.attempt.token)
         self._counts.last_complete = max(mine, default=self._counts.last_complete)
-
-    def _is_superseded(self) -> bool:
-        try:
-            return newest_attempt(self.place.store) > self.place.attempt.number
-        except StorageError:
-            return False  # asked again before the next snapshot
 
     def _tell(self, t: int, what: str, error: Exception) -> str:
         """Note and log an error of storage; with its way through the code if it is none of those that we expect."""
