@@ -437,6 +437,10 @@ def test_an_object_store_in_trouble_costs_at_most_that_snapshot(
     ema.close()
     assert complete(url, direct) == wanted
     verified(url, direct)
+    # Whose beginning was answered into the void, nobody can abort; the next start finds it.
+    again = PostHocEMA.from_model(model, url, update_every=1, checkpoint_every=1, storage_options=direct, resume=True)
+    with again:
+        again.update_()
     assert not list(open_store(url, direct).unfinished()), "uploads are left behind"
 
 
@@ -546,7 +550,7 @@ def test_while_storage_stalls_updates_go_on_in_bounded_memory_and_averages_stay_
     taken, promised, skipped = in_new_process(stalled, str(tmp_path))  # a new one: its peak is of this alone
     assert taken > promised  # all of it is in use, or nothing was measured
     assert skipped == 9
-    assert taken < 1.1 * promised + 2**23
+    assert taken < 1.1 * promised + 2**24
     assert complete(str(tmp_path / "run"), {}) == [5, 52]
     weight = torch.randn(1000, 4000, generator=torch.Generator().manual_seed(0))
     for sigma_rel in (0.05, 0.28):

@@ -391,3 +391,15 @@ def test_a_lost_record_of_an_attempt_stops_a_resume_instead_of_hiding_all(
         PostHocEMA.from_model(model, path, resume=True)
     assert main(["ls", str(path)]) == 0
     assert "its attempt is not recorded" in capsys.readouterr().out
+
+
+def test_a_snapshot_that_a_rank_had_nothing_for_goes_too(tmp_path: Path) -> None:
+    model, path = nn.Linear(3, 2), tmp_path / "run"
+    with PostHocEMA.from_model(model, path, update_every=1, checkpoint_every=1) as ema:
+        for step in range(1, 8):
+            with torch.no_grad():
+                model.weight.fill_(torch.nan if step in {2, 6} else step)
+            ema.update_()
+            ema._session.writer.drain()  # type: ignore[union-attr]
+    found = open_run(open_store(path)).snapshots
+    assert [(s.t, s.refused) for s in found] == [(1, False), (3, False), (4, False), (5, False), (6, True), (7, False)]

@@ -429,7 +429,7 @@ def test_memory_is_bounded_for_a_model_ten_times_larger(
         write_run(path, [(10, by_rows(2)), (20, by_rows(3))])
         command = [sys.executable, "-c", PEAK, str(path), str(num_targets), str(80 << 20)]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    slack = 10 << 20  # what Python and threads take
+    slack = 16 << 20  # what Python and threads take
     assert all(peak < (80 << 20) + slack for peak in peaks), peaks
     assert 4 * sum(math.prod(shape) for shape in SHAPES.values()) * 4 > 2 * (100 << 20)  # it would not fit
 
