@@ -152,8 +152,7 @@ class Scan:
         )
         blocks = f"{len(bad) - (bad[0] == 0)} of {len(file.facts.checksums) - 1} blocks of its data"
         what = "its header" if bad == [0] else f"its header and {blocks}" if bad[0] == 0 else blocks
-        more = f" and {len(names) - _TENSORS_NAMED} more" if len(names) > _TENSORS_NAMED else ""
-        held = f" It holds values of {', '.join(names[:_TENSORS_NAMED])}{more}." if names else ""
+        held = f" It holds values of {named(names)}." if names else ""
         text = f"{file.key} is damaged: {what}, as rank {rank} wrote them, had other checksums.{held}"
         return Finding(file.key, text, rank, names)
 
@@ -183,6 +182,12 @@ class Scan:
             except SnapshotError as error:
                 return error
         return self._parsed.get(kind)
+
+
+def named(tensors: Sequence[str]) -> str:
+    """Some tensors in words: the first few, and how many more."""
+    more = f" and {len(tensors) - _TENSORS_NAMED} more" if len(tensors) > _TENSORS_NAMED else ""
+    return f"{', '.join(tensors[:_TENSORS_NAMED])}{more}"
 
 
 def _uncovered(info: RunInfo, files: Sequence[Sequence[Entry]]) -> Iterator[tuple[str, str]]:

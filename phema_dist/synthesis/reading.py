@@ -19,6 +19,7 @@ import xxhash
 
 from phema_dist.errors import DamagedError, LayoutError, SnapshotError, StorageError
 from phema_dist.shard import check_exact_cover
+from phema_dist.storage.scan import named
 from phema_dist.storage.snapshot import parse_header
 from phema_dist.synthesis.tiles import Layout, Move
 
@@ -32,7 +33,6 @@ Progress = Callable[[int], object]  # told the number of bytes read, now and the
 Uses = Mapping[tuple[int, int], Sequence[int]]  # the strips that need a block: (file, block) -> numbers, ascending
 _Key = tuple[int, int, int]  # source, file, block
 _Header = tuple[str, int, int]  # checksum, its bytes, those of the data
-_TENSORS_NAMED = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,11 +153,10 @@ def check(store: Store, source: Source, index: int, block: int, digest: str) -> 
         return
     first, last = block * source.block_bytes, min((block + 1) * source.block_bytes, file.data_bytes)
     names = [entry.fqn for entry in source.layout.files[index] if entry.start < last and first < entry.stop]
-    more = f" and {len(names) - _TENSORS_NAMED} more" if len(names) > _TENSORS_NAMED else ""
     raise DamagedError(
         f"{store.describe(f'{source.snapshot.folder}/{file.name}')} is damaged: bytes {first} to {last} of its data "
         f"are not those that rank {source.ranks[index]} wrote (their checksum differs). They hold values of "
-        f"{', '.join(names[:_TENSORS_NAMED])}{more}.",
+        f"{named(names)}.",
         source.snapshot.folder,
     )
 

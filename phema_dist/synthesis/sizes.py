@@ -87,9 +87,6 @@ def divide(
     def touched(way: _Way, strip_bytes: int) -> _Touched:
         return touched_in(way.tile_bytes, strip_bytes, order)
 
-    def needed(way: _Way, strip_bytes: int) -> int:
-        return touched(way, strip_bytes).needed_bytes(way)
-
     smallest = min(ways, key=lambda way: way.held_bytes + way.blocks_in_use)
     least = touched(smallest, smallest.strip_bytes).held_bytes(smallest)
     if memory_bytes < least:
@@ -101,11 +98,11 @@ def divide(
     for way in (way for way in ways if way.held_bytes <= memory_bytes):
         # Smaller strips of the same tiles have all their ends, and more: what is kept there can only be more.
         coarser = known.get(way.tile_bytes, 0)
-        if coarser > way.strip_bytes and needed(way, coarser) > memory_bytes:
+        if coarser > way.strip_bytes and touched(way, coarser).needed_bytes(way) > memory_bytes:
             continue
         known.setdefault(way.tile_bytes, way.strip_bytes)
-        if needed(way, way.strip_bytes) <= memory_bytes:
-            return _division(way, touched(way, way.strip_bytes), memory_bytes)
+        if (found := touched(way, way.strip_bytes)).needed_bytes(way) <= memory_bytes:
+            return _division(way, found, memory_bytes)
     last = (ways[-1].num_readers, ways[-1].num_fetchers)
     return _least_read([way for way in ways if (way.num_readers, way.num_fetchers) == last], touched, memory_bytes)
 
@@ -120,16 +117,17 @@ def _least_read(ways: Sequence[_Way], touched: Callable[[_Way, int], _Touched], 
         room = memory_bytes - way.held_bytes - way.blocks_in_use // _BLOCKS_IN_USE  # one is mostly in use, not all
         return touched(way, way.strip_bytes).times_read(room)
 
-    def enough(way: _Way) -> int:
-        return touched(way, way.strip_bytes).needed_bytes(way)
-
     best = min(tried, key=times_read)
     _log.warning(
         "With memory_bytes=%d about %.2f times the bytes will be read, for blocks that are needed again cannot all be "
         "kept. memory_bytes=%d would read each once.",
         memory_bytes,
         times_read(best),
-        min(enough(way) for way in [ways[0], *tried] if way.strip_bytes >= ways[0].strip_bytes),
+        min(
+            touched(way, way.strip_bytes).needed_bytes(way)
+            for way in [ways[0], *tried]
+            if way.strip_bytes >= ways[0].strip_bytes
+        ),
     )
     return _division(best, touched(best, best.strip_bytes), memory_bytes)
 
