@@ -551,8 +551,25 @@ def test_a_put_that_hangs_midway_ends_and_its_upload_is_aborted(
         store.put("hung", bytearray(40 * MIB))
     silence.join()
     assert time.monotonic() - begin < 15
-    assert "could not abort upload" in caplog.text
+    assert "could not abort an upload" in caplog.text
     assert open_store(*s3_url).list() == {}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_upload_whose_beginning_is_answered_after_the_deadline_is_aborted(
+    proxy: ChaosProxy,
+    s3_server: S3Server,
+    s3_url: tuple[str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    far: dict[str, Any],
+) -> None:
+    monkeypatch.setattr("phema_dist.storage.s3.ABORT_SECONDS", 10.0)
+    store = open_store(s3_url[0], far, deadline_seconds=1)  # of a put: 3/2 seconds a try
+    proxy.latency_seconds = 1.0  # each way
+    with pytest.raises(StorageError, match=r"writing .*/late: failed after"):
+        store.put("late", bytearray(40 * MIB))
+    assert any("POST" in request and "uploads" in request for request in proxy.requests)
+    assert num_uploads(s3_server, s3_url[0]) == 0
 
 
 @pytest.mark.parametrize(

@@ -233,24 +233,28 @@ class S3Store(FsspecStore):
     async def _create_in_parts(self, filesystem: Any, write: Write, metadata: Mapping[str, str]) -> None:
         bucket, name, _ = filesystem.split_path(write.path)
         ask = functools.partial(filesystem._call_s3, Bucket=bucket, Key=name)  # noqa: SLF001  its coroutine API
-        upload = (await ask("create_multipart_upload", Metadata=metadata))["UploadId"]
+        creating = asyncio.ensure_future(ask("create_multipart_upload", Metadata=metadata))
         try:
+            upload = (await asyncio.shield(creating))["UploadId"]  # without its answer nobody knows what to abort
             send = functools.partial(self._send_part, filesystem, {"Bucket": bucket, "Key": name, "UploadId": upload})
             whole = {"Parts": await self._send_parts(send, write.data)}
             await ask("complete_multipart_upload", UploadId=upload, MultipartUpload=whole, IfNoneMatch="*")
         except BaseException:
             try:
                 async with asyncio.timeout(ABORT_SECONDS):
-                    await ask("abort_multipart_upload", UploadId=upload)
+                    await asyncio.wait([creating])
+                    if creating.exception() is None:
+                        await ask("abort_multipart_upload", UploadId=creating.result()["UploadId"])
             except FileNotFoundError:
                 pass  # it was completed, or is gone
             except Exception as error:  # noqa: BLE001  what failed first is what must be raised
                 _log.warning(
-                    "could not abort upload %s of s3://%s (%s); a lifecycle rule of the bucket removes such remains",
-                    upload,
+                    "could not abort an upload of s3://%s (%s); a lifecycle rule of the bucket removes such remains",
                     write.path,
                     self.said(error),
                 )
+            finally:
+                creating.cancel()
             raise
 
     async def _send_parts(
