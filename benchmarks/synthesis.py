@@ -203,6 +203,11 @@ def two_ranks(kind: str, run: Path, number: int) -> Iterator[Contestant]:
             rank.communicate()
 
 
+def new_results(model: nn.Module) -> list[torch.Tensor]:
+    """Write one average's worth of memory that this process did not hold before."""
+    return [torch.ones_like(parameter) for parameter in model.parameters()]
+
+
 def load_one(folder: Path, model: nn.Module) -> Contestant:
     """Return a `dcp.load` of one plain checkpoint of the model."""
     if not folder.exists():
@@ -245,6 +250,7 @@ class Bench:
         contestants = {
             "raw read, 1 thread": raw_read(self.run, 1),
             "raw read, 2 threads": raw_read(self.run, 2),
+            "results filled with ones": lambda: [new_results(self.model) for _ in sigma_rels],
             "phema_dist, tensors": lambda: synthesize(self.ours, sigma_rels),
             "posthoc_ema": predecessors_synthesis(self.theirs, self.model),
             "plain loop": plain_loop(self.run, ONE),

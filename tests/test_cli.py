@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from phema_dist import PostHocEMA, synthesize
-from phema_dist.cli import _size, main
+from phema_dist.cli import main
+from phema_dist.cli.arguments import size
 from phema_dist.target import ConstantBeta, Explicit, Power, UniformTail
 
 
@@ -153,7 +154,7 @@ def test_every_kind_of_target_is_made_in_one_pass(
     [("123", 123), ("500MB", 500_000_000), ("5GiB", 5 << 30), ("1.5kb", 1500), ("2 TB", 2 * 10**12), ("7b", 7)],
 )
 def test_sizes_are_read_as_people_write_them(text: str, num_bytes: int) -> None:
-    assert _size(text) == num_bytes
+    assert size(text) == num_bytes
 
 
 def test_an_incomplete_snapshot_is_listed_with_its_reason(local_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Documents survive the way to storage and back, and nothing else passes for one."""
 
 import json
+from unittest.mock import ANY
 
 import pytest
 import xxhash
@@ -162,3 +163,13 @@ def test_an_entry_of_a_table_is_named() -> None:
     text = unsealed(to_json(RUN)).replace(b'"kind":"parameter"', b'"kind":null')
     with pytest.raises(RunError, match=r"tensors\[w\]\.kind must be str, found 'None'"):
         from_json(RunInfo, text, "there")
+
+
+def test_a_field_that_older_writers_did_not_know_may_be_absent_and_no_other() -> None:
+    written = json.loads(to_json(MANIFEST))
+    assert (written.pop("measured"), written.pop("xxh3")) == (None, ANY)
+    assert from_json(Manifest, json.dumps(written).encode(), "here") == MANIFEST
+    with pytest.raises(RunError, match="differs in .*'calls'"):
+        from_json(Manifest, json.dumps({k: v for k, v in written.items() if k != "calls"}).encode(), "here")
+    with pytest.raises(RunError, match="differs in .*'later'"):
+        from_json(Manifest, json.dumps({**written, "later": 1}).encode(), "here")

@@ -9,7 +9,8 @@ import json
 import math
 import types
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -91,7 +92,8 @@ def decoder(kind: Any) -> Callable[[Any], Any]:
         return partial(_object, decoder(args[0]), decoder(args[1]))
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
-        return partial(_facts, kind, {name: decoder(hint) for name, hint in hints.items()})
+        later = {field.name for field in fields(kind) if field.default is not MISSING}
+        return partial(_facts, kind, {name: decoder(hint) for name, hint in hints.items()}, later)
     return {float: _float, int: _count}.get(kind) or partial(_plain, kind)
 
 
@@ -147,15 +149,17 @@ def _object(decode_key: Callable[[Any], Any], decode: Callable[[Any], Any], valu
     return decoded
 
 
-def _facts(kind: Any, decoders: dict[str, Callable[[Any], Any]], value: Any) -> Any:
-    if type(value) is not dict or value.keys() != decoders.keys():
-        odd = sorted(decoders.keys() ^ value.keys()) if type(value) is dict else []
+def _facts(kind: Any, decoders: dict[str, Callable[[Any], Any]], later: AbstractSet[str], value: Any) -> Any:
+    """Decode a dataclass; fields of `later`, which have a default, may be absent: older writers did not know them."""
+    if type(value) is not dict or (value.keys() != decoders.keys() and (value.keys() ^ decoders.keys()) - later):
+        odd = sorted((decoders.keys() ^ value.keys()) - later) if type(value) is dict else []
         names = f"[{', '.join(map(shown, odd[:_MOST_NAMED]))}]" if odd else "no object"
         raise MisfitError(f"must have exactly the fields of {kind.__name__}; differs in {names}")
     decoded, name = {}, ""
     try:
         for name, decode in decoders.items():
-            decoded[name] = decode(value[name])
+            if name in value:
+                decoded[name] = decode(value[name])
     except MisfitError as error:
         error.inside(f".{name}")
         raise

@@ -131,6 +131,27 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a rank saw when it took a snapshot: of its own averages, and of its job since this attempt began.
+
+    `squares` sums the squares of the float32 averages of the first tracked profile that this rank stores, `numel` of
+    them; `moved` those of their differences to the averages of the last one (0 if only one is tracked): how far
+    parameters travel, which is what tells how much an error of a profile changes them.
+    """
+
+    unix_time: float  # when the snapshot was taken
+    numel: int
+    squares: float
+    moved: float
+    lag: int  # the rest as in PostHocEMA.status
+    stall_seconds: float
+    updates_skipped: int
+    updates_refused: int
+    snapshots_skipped: int
+    snapshots_failed: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One rank's part of a snapshot. `refused` says why this rank has nothing to give, instead of files.
 
@@ -150,6 +171,7 @@ class Manifest:
     block_bytes: _BlockBytes
     files: tuple[ShardFile, ...]
     refused: str | None = None
+    measured: Measured | None = None  # not in what was written before there was any
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""Commands that look after a run: `phema ls`, `verify`, `gc`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from phema_dist.cli.arguments import add_run, opened, progress_bar
+
+if TYPE_CHECKING:
+    from phema_dist.cli.arguments import Commands
+
+
+def add(commands: Commands) -> None:
+    """Add these commands."""
+    listing = commands.add_parser(
+        "ls", help="list the snapshots of a run", epilog="example: phema ls s3://bucket/run",
+        description="List the snapshots of a run: t, whether complete and if not why, size.",
+    )  # fmt: skip
+    add_run(listing)
+    listing.add_argument("--json", action="store_true", help="print JSON, for programs")
+    listing.set_defaults(command=_ls)
+
+    checking = commands.add_parser(
+        "verify", help="read everything, and name what is wrong", epilog="example: phema verify s3://bucket/run",
+        description="Read every byte of a run and compare it with what was written. Damage is named, and makes the "
+        "exit code 1; what is incomplete is noted. A job may write meanwhile.",
+    )  # fmt: skip
+    add_run(checking)
+    checking.add_argument("--json", action="store_true", help="print JSON, for programs")
+    checking.set_defaults(command=_verify)
+
+    removing = commands.add_parser(
+        "gc", help="remove what is dead", epilog="example: phema gc s3://bucket/run --dry-run",
+        description="Remove what nobody will finish (parts of snapshots, puts that were cut off), and snapshots that "
+        "were given up and that the run has gone beyond. Never pins, the newest complete snapshot, what a job writes.",
+    )  # fmt: skip
+    add_run(removing)
+    removing.add_argument("--abandoned", action="store_true", help="all snapshots that were given up (hidden in ls)")
+    removing.add_argument(
+        "--keep", type=int, metavar="N", help="of complete snapshots the N that serve all lengths best"
+    )
+    removing.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    removing.set_defaults(command=_gc)
+
+
+def _ls(arguments: argparse.Namespace) -> None:
+    from phema_dist import report  # noqa: PLC0415  --help need not wait for torch
+    from phema_dist.storage.run import open_run  # noqa: PLC0415
+
+    run = open_run(opened(arguments))
+    print(json.dumps(report.listing_facts(run), indent=2) if arguments.json else report.listing(run))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from phema_dist import report  # noqa: PLC0415
+    from phema_dist.storage.verify import verify  # noqa: PLC0415
+
+    store = opened(arguments)
+    with progress_bar() as progress:
+        verdict = verify(store, progress)
+    print(
+        json.dumps({"url": store.url, **asdict(verdict)}, indent=2)
+        if arguments.json
+        else report.verdict(store, verdict)
+    )
+    return 1 if verdict.problems else 0
+
+
+def _gc(arguments: argparse.Namespace) -> None:
+    from phema_dist import report  # noqa: PLC0415
+    from phema_dist.storage.gc import collect_garbage  # noqa: PLC0415
+
+    store, removed = opened(arguments), []
+    for garbage in collect_garbage(
+        store, keep=arguments.keep, abandoned=arguments.abandoned, dry_run=arguments.dry_run
+    ):
+        removed.append(garbage)
+        print(report.removal(garbage), flush=True)
+    print(report.removals(store, removed, dry_run=arguments.dry_run))
