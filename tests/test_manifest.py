@@ -169,7 +169,7 @@ def test_a_field_that_older_writers_did_not_know_may_be_absent_and_no_other() ->
     written = json.loads(to_json(MANIFEST))
     assert (written.pop("measured"), written.pop("xxh3")) == (None, ANY)
     assert from_json(Manifest, json.dumps(written).encode(), "here") == MANIFEST
-    with pytest.raises(RunError, match="differs in .*'calls'"):
+    with pytest.raises(RunError, match=r"differs in .*'calls'"):
         from_json(Manifest, json.dumps({k: v for k, v in written.items() if k != "calls"}).encode(), "here")
-    with pytest.raises(RunError, match="differs in .*'later'"):
+    with pytest.raises(RunError, match=r"differs in .*'later'"):
         from_json(Manifest, json.dumps({**written, "later": 1}).encode(), "here")
