@@ -20,7 +20,7 @@ from phema_dist.errors import SettingsError
 from phema_dist.storage.manifest import PARAMETER
 from phema_dist.storage.store import LocalStore
 from phema_dist.synthesis import tiles as cutting
-from phema_dist.synthesis.sums import BATCH, num_rows, prefers_batches
+from phema_dist.synthesis.sums import num_rows, prefers_batches
 from phema_dist.synthesis.tiles import Layout, Tile, cut_strips, cut_tiles, plan_moves, result_dtype
 
 if TYPE_CHECKING:
@@ -152,11 +152,12 @@ def _ways(
     A reader holds sums, and rows that are to be added; whoever reads holds what is read, and perhaps two blocks.
     """
     is_local = isinstance(store, LocalStore)
-    num_targets, num_terms = len(sources[0].coefficients), sum(source.averaged for source in sources)
+    num_targets = len(sources[0].coefficients)
+    num_terms = max(Counter(source.batch for source in sources if source.averaged).values(), default=1)  # of a batch
     dtypes = {result_dtype(facts) for facts in info.tensors.values() if facts.kind == PARAMETER}
     rows = 2 * num_targets + 1
     if not is_local or any(prefers_batches(num_targets, kind) for kind in (dtype, *dtypes)):
-        rows = 2 * num_rows(num_targets) + max(1, min(num_terms, BATCH))
+        rows = 2 * num_rows(num_targets) + num_terms
     itemsize = max(dtype.itemsize, *(kind.itemsize for kind in dtypes), 4)
     best, most = _STRIP_BYTES if is_local else _RANGE_BYTES, store.read_concurrency
     file_bytes = max(file.data_bytes for source in sources for file in source.files)
