@@ -28,6 +28,10 @@ _log = logging.getLogger("phema_dist")
 class Drainable(Protocol):
     """What has something queued, and threads."""
 
+    @property
+    def name(self) -> str:
+        """What it stores, for the log."""
+
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until what is queued is stored; False after `timeout` seconds. It stays open.
 
@@ -198,13 +202,14 @@ def _watch(sigterm: _Sigterm) -> None:
 
 def _drain(sigterm: _Sigterm) -> None:
     busy = list(_open)
-    if busy:
-        _log.warning("SIGTERM: storing what is queued, for at most %.0f s, no last snapshot", _SECONDS_AT_SIGTERM)
+    for writer in busy:
+        text = "%s: SIGTERM: storing what is queued, for at most %.0f s, no last snapshot"
+        _log.warning(text, writer.name, _SECONDS_AT_SIGTERM)
     end = time.monotonic() + _SECONDS_AT_SIGTERM
     while busy and time.monotonic() < end:
         try:
             if busy[-1].drain(_POLL_SECONDS):
-                busy.pop()
+                _log.warning("%s: SIGTERM: nothing is queued any more", busy.pop().name)
         except StorageError as error:  # of one snapshot; the next may fare better
             _log.warning("%s", error)
         except BackgroundError as error:
@@ -213,8 +218,8 @@ def _drain(sigterm: _Sigterm) -> None:
         _call_back(sigterm)
         if signal.SIGINT in _hear(sigterm, 0):
             break
-    if busy:
-        _log.warning("SIGTERM: storage is still busy; what it has not stored is lost")
+    for writer in busy:
+        _log.warning("%s: SIGTERM: storage is still busy; what it has not stored is lost", writer.name)
 
 
 def _call_back(sigterm: _Sigterm) -> None:

@@ -65,10 +65,12 @@ class Grid:
         """Storage was busy: take every other one of them."""
         self.every = min(2 * self.every, _LARGEST_EVERY)
 
-    def narrow(self) -> None:
-        """One is taken: take as many as storage keeps up with."""
+    def narrow(self) -> bool:
+        """One is taken: take as many as storage keeps up with. Returns whether that is more than before."""
+        before = self.every
         while self.every > 1 and self.put_seconds < _QUICK * self.interval * (self.every // 2):
             self.every //= 2
+        return self.every < before
 
 
 def check_not_superseded(place: Place, run: runs.Run | None = None) -> None:

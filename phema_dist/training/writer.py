@@ -86,6 +86,11 @@ class Writer:
         ends.opened(self)
 
     @property
+    def name(self) -> str:
+        """The run, and this rank."""
+        return f"{self._place.store.url}, rank {self._place.rank}"
+
+    @property
     def is_busy(self) -> bool:
         """Whether an update would have to wait: the last two are still being taken in."""
         return self._averages.works and self._averages.num_pending >= NUM_SLOTS
@@ -269,7 +274,9 @@ class Writer:
                 self._skip(update.t)
             return
         self._snapshot_t = update.t
-        self._grid.narrow()
+        if self._grid.narrow():
+            every = f"one snapshot in {self._grid.every}" if self._grid.every > 1 else "every snapshot"
+            self._place.warn(update.t, f"storage is quicker now; {every} is taken")
         if refused is None:
             for fqn in self._buffers.fill(staged):
                 self._place.warn(
