@@ -128,6 +128,13 @@ def sleeps(ema: PostHocEMA, case: Path) -> None:
     time.sleep(FOREVER)
 
 
+def loses_the_handler_and_begins_again(ema: PostHocEMA, case: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a launcher's library may
+    PostHocEMA.from_model(nn.Linear(4, 4), case / "another", drain_on_sigterm=True)
+    say(case, "again")
+    sleeps(ema, case)
+
+
 def hangs_in_a_collective(ema: PostHocEMA, case: Path) -> None:
     if dist.get_rank() == 0:
         dist.recv(torch.zeros(1), src=1)  # never comes
@@ -460,6 +467,20 @@ def test_every_end_keeps_its_exit_status_and_leaves_whole_snapshots(
     with PostHocEMA.from_model(nn.Linear(4, 4), url, update_every=1, resume=True, storage_options=options) as ema:
         ema.update_(t=12)
     assert complete(url, options) == [12]
+
+
+def test_a_handler_that_somebody_took_away_comes_back_with_the_next_object(
+    tmp_path: Path, processes: Processes
+) -> None:
+    case = tmp_path / "case"
+    pid = processes.start(case, "end", str(case), str(tmp_path / "run"), {}, "loses_the_handler_and_begins_again", True)
+    wait_for(case / "said", "again")
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(0.3)
+    (case / "gate").touch()
+    assert processes.wait(pid) == -signal.SIGTERM
+    assert complete(str(tmp_path / "run"), {}) == [10]
+    assert f"{tmp_path / 'run'}, rank 0: SIGTERM: nothing is queued any more" in log_of(case)
 
 
 @pytest.mark.s3

@@ -1,5 +1,6 @@
 """What every store promises, asked of each: a local disk, fsspec's memory, a real S3 server. Then what is special."""
 
+import asyncio
 import errno
 import logging
 import os
@@ -259,6 +260,7 @@ def test_a_url_keeps_its_slashes_and_loses_its_credentials() -> None:
         (Path("s3://bucket/run"), "lost a slash"),
         ("s3://", "must name a bucket"),
         ("s3:///run", "must name a bucket"),
+        ("s3://bucket/run?versionId=3", "no version of their own"),
     ],
 )
 def test_a_url_that_cannot_work_says_so(url: str | Path, says: str) -> None:
@@ -664,6 +666,23 @@ def test_what_obstore_cannot_do_s3fs_does(
     assert not store._carries()  # a server that refuses signed URLs is asked for no more of them
     assert "obstore failed" in caplog.text
     assert "hush" not in caplog.text
+
+
+@pytest.mark.s3
+def test_where_obstore_stalls_s3fs_has_half_of_the_time(
+    s3_url: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(*s3_url, deadline_seconds=4)
+    data = os.urandom(5 * MIB)
+    store.put("a", data)
+
+    async def stall(*_: object) -> Any:
+        await asyncio.sleep(1000)
+
+    monkeypatch.setattr(carrier, "fetch", stall)
+    with caplog.at_level(logging.DEBUG, "phema_dist"):
+        assert read(store, "a", 1, 2 * MIB) == data[1 : 1 + 2 * MIB]
+    assert caplog.text.count("obstore failed to read (TimeoutError)") == 1  # in the first try
 
 
 @pytest.mark.s3

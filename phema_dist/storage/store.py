@@ -94,6 +94,8 @@ def open_store(
         raise SettingsError(
             "an s3:// URL must begin with its bucket; give credentials in storage_options or the environment."
         )
+    if re.match(r"s3a?://.*\?versionId=", text):
+        raise SettingsError(f"a run is many objects, which have no version of their own; got {shown!r}.")
     if not text or re.match(r"(s3a?|gs|gcs|abfss?|az|https?|hf|hdfs)(:/?[^/]|:$|//)", text):
         raise SettingsError(f"checkpoint_dir must be a folder or a URL such as s3://bucket/run; got {shown!r}.")
     protocol, separator, rest = text.partition("://")
