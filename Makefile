@@ -51,6 +51,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/opening.py --s3 --latency 0.05
 	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/upload.py
+	$(BIN)/python benchmarks/retention.py
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/imported.py
 
 venv: $(READY)
 

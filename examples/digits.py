@@ -124,3 +124,24 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root_trace = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace)
+
+
+class Judge:
+    """Two metrics of a denoiser, on held-out images and on noise that is the same for every candidate."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.images, self.labels = (part.to(device) for part in load_digits("held-out"))
+        classifier = train_classifier(*(part.to(device) for part in load_digits("train")))
+        self.features = classifier[:-1]
+        self.latents = torch.randn(2 * len(self.images), 64, generator=torch.Generator().manual_seed(1)).to(device)
+
+    @torch.no_grad()
+    def __call__(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """Return the Fréchet distance and the denoising loss; lower is better."""
+        model = Denoiser().to(self.images.device).eval()
+        model.load_state_dict(state)
+        noise = torch.Generator().manual_seed(2)
+        loss = denoising_loss(model, self.images.repeat(8, 1), self.labels.repeat(8), noise).item()
+        samples = sample(model, self.latents, self.labels.repeat(2))
+        distance = frechet_distance(self.features(samples), self.features(self.images))
+        return {"Fréchet distance": distance, "denoising loss": loss}

@@ -8,34 +8,15 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from digits import Denoiser, denoising_loss, frechet_distance, load_digits, sample, train_classifier
+from digits import Judge
 from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 
-from phema_dist import synthesize, synthesize_files
+from phema_dist import sweep, synthesize_files
 
 SIGMA_RELS = (0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.11, 0.13, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28)
+LOSS, DISTANCE = "denoising loss", "Fréchet distance"  # as the judge names them
 BLUE, ORANGE = "#0072B2", "#D55E00"  # two that everyone can tell apart (Okabe and Ito)
-
-
-class Judge:
-    """Two metrics of a denoiser, on held-out images and on noise that is the same for every candidate."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.images, self.labels = (part.to(device) for part in load_digits("held-out"))
-        classifier = train_classifier(*(part.to(device) for part in load_digits("train")))
-        self.features = classifier[:-1]
-        self.latents = torch.randn(2 * len(self.images), 64, generator=torch.Generator().manual_seed(1)).to(device)
-
-    @torch.no_grad()
-    def __call__(self, state: dict[str, torch.Tensor]) -> tuple[float, float]:
-        """Return the denoising loss and the Fréchet distance; lower is better."""
-        model = Denoiser().to(self.images.device).eval()
-        model.load_state_dict(state)
-        noise = torch.Generator().manual_seed(2)
-        loss = denoising_loss(model, self.images.repeat(8, 1), self.labels.repeat(8), noise).item()
-        samples = sample(model, self.latents, self.labels.repeat(2))
-        return loss, frechet_distance(self.features(samples), self.features(self.images))
 
 
 def plot(rows: list[tuple[float, float, float]], raw: tuple[float, float], path: Path) -> None:
@@ -72,23 +53,25 @@ def main() -> None:
     torch.set_num_threads(1)  # tensors this small gain nothing from more
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    averages = synthesize(args.checkpoint_dir, SIGMA_RELS)  # all of them in one pass over the run
     judge = Judge(device)
     raw = judge(load_file(args.raw))
-    rows = [(average.sigma_rel, *judge(average.state_dict)) for average in averages]
+    # All of them in one pass over the run, then a few more around the best: the first metric decides.
+    found = sweep(args.checkpoint_dir, SIGMA_RELS, judge)
 
     lines = ["| sigma_rel | denoising loss | Fréchet distance | profile error |", "|---|---|---|---|"]
-    lines += [f"| raw | {raw[0]:.4f} | {raw[1]:.3f} | |"]
-    for average, (sigma_rel, loss, distance) in zip(averages, rows, strict=True):
-        lines += [f"| {sigma_rel:g} | {loss:.4f} | {distance:.3f} | {average.certificate.profile_error:.4f} |"]
+    lines += [f"| raw | {raw[LOSS]:.4f} | {raw[DISTANCE]:.3f} | |"]
+    for point in found.points:
+        loss, distance = point.metrics[LOSS], point.metrics[DISTANCE]
+        lines += [f"| {point.sigma_rel:g} | {loss:.4f} | {distance:.3f} | {point.profile_error:.4f} |"]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
-    plot(rows, raw, args.out / "sweep.png")
-    best, _, distance = min(rows, key=lambda row: row[2])
-    synthesize_files(args.checkpoint_dir, {best: args.out / "best.safetensors"}, overwrite=True)
-    print(f"best by Fréchet distance: sigma_rel = {best:g}, {distance:.3f} against {raw[1]:.3f} raw")
+    rows = [(point.sigma_rel, point.metrics[LOSS], point.metrics[DISTANCE]) for point in found.points]
+    plot(rows, (raw[LOSS], raw[DISTANCE]), args.out / "sweep.png")
+    best = found.best
+    synthesize_files(args.checkpoint_dir, {best.sigma_rel: args.out / "best.safetensors"}, overwrite=True)
+    print(f"best by Fréchet distance: sigma_rel = {best.sigma_rel:g}, {best.value:.3f} against {raw[DISTANCE]:.3f} raw")
 
 
 if __name__ == "__main__":

@@ -29,10 +29,14 @@ if TYPE_CHECKING:
         SnapshotError,
         StorageError,
     )
-    from phema_dist.profile import beta_to_sigma_rel, sigma_rel_to_beta
+    from phema_dist.planning import plan
+    from phema_dist.prediction import Plan
+    from phema_dist.profile import beta_to_sigma_rel, gamma_to_sigma_rel, sigma_rel_to_beta, sigma_rel_to_gamma
+    from phema_dist.selection.sweep import Sweep, sweep
     from phema_dist.synthesis.consolidate import Synthesis, synthesize, synthesize_files
     from phema_dist.synthesis.reader import SynthesisReader
     from phema_dist.target import ConstantBeta, Explicit, Power, UniformTail
+    from phema_dist.translation import Translation, half_life_to_sigma_rel, sigma_rel_to_half_life, translate
 
 _HOMES = {
     "BackgroundError": "errors",
@@ -41,6 +45,7 @@ _HOMES = {
     "Explicit": "target",
     "LayoutError": "errors",
     "PhemaError": "errors",
+    "Plan": "prediction",
     "PostHocEMA": "ema",
     "Power": "target",
     "ProfileError": "errors",
@@ -48,19 +53,30 @@ _HOMES = {
     "SettingsError": "errors",
     "SnapshotError": "errors",
     "StorageError": "errors",
+    "Sweep": "selection.sweep",
     "Synthesis": "synthesis.consolidate",
     "SynthesisReader": "synthesis.reader",
+    "Translation": "translation",
     "UniformTail": "target",
     "beta_to_sigma_rel": "profile",
+    "gamma_to_sigma_rel": "profile",
+    "half_life_to_sigma_rel": "translation",
+    "plan": "planning",
     "sigma_rel_to_beta": "profile",
+    "sigma_rel_to_gamma": "profile",
+    "sigma_rel_to_half_life": "translation",
+    "sweep": "selection.sweep",
     "synthesize": "synthesis.consolidate",
     "synthesize_files": "synthesis.consolidate",
+    "translate": "translation",
 }
 
 __all__ = [
-    "BackgroundError", "ConstantBeta", "DamagedError", "Explicit", "LayoutError", "PhemaError", "PostHocEMA", "Power",
-    "ProfileError", "RunError", "SettingsError", "SnapshotError", "StorageError", "Synthesis", "SynthesisReader",
-    "UniformTail", "beta_to_sigma_rel", "sigma_rel_to_beta", "synthesize", "synthesize_files",
+    "BackgroundError", "ConstantBeta", "DamagedError", "Explicit", "LayoutError", "PhemaError", "Plan", "PostHocEMA",
+    "Power", "ProfileError", "RunError", "SettingsError", "SnapshotError", "StorageError", "Sweep", "Synthesis",
+    "SynthesisReader", "Translation", "UniformTail", "beta_to_sigma_rel", "gamma_to_sigma_rel",
+    "half_life_to_sigma_rel", "plan", "sigma_rel_to_beta", "sigma_rel_to_gamma", "sigma_rel_to_half_life", "sweep",
+    "synthesize", "synthesize_files", "translate",
 ]  # fmt: skip
 
 

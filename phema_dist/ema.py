@@ -14,11 +14,12 @@ import torch
 from phema_dist.errors import SettingsError
 from phema_dist.evaluation import StoredAverages, restore
 from phema_dist.ranks import Ranks, join
+from phema_dist.storage import pins
 from phema_dist.storage import run as runs
 from phema_dist.storage.store import open_store
 from phema_dist.training.attach import Attachment
 from phema_dist.training.session import Session, begin
-from phema_dist.training.settings import Settings, check_resume, floats, sum_dtype
+from phema_dist.training.settings import Settings, check_resume, floats, integer, planned, sum_dtype
 from phema_dist.training.start import check_sigma_rels
 from phema_dist.training.status import Counts, Status, describe
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
+    from phema_dist.prediction import Plan
     from phema_dist.storage.store import Store
     from phema_dist.training.state import TrainingState
 
@@ -72,13 +74,15 @@ class PostHocEMA(StoredAverages):
         on_error: str = "warn",
         on_busy: str = "wait",
         drain_on_sigterm: bool = False,
+        plan: Plan | None = None,
+        retention: str = "best",
     ) -> PostHocEMA:
         """Begin to average a model, or go on with a run. Collective: call it on every rank, after wrapping the model.
 
         Args:
             model: plain, or wrapped by DDP, FSDP1, `fully_shard` or tensor parallelism, compiled or not.
             checkpoint_dir: where the run lives: a folder that all ranks share, or any fsspec URL (s3://bucket/run).
-            max_checkpoints: how many snapshots to keep; those that serve every later sigma_rel best, not the last.
+            max_checkpoints: how many snapshots to keep, pinned ones included; which ones says `retention`.
             sigma_rels: the averaging lengths that are tracked, each in (0, 0.28867]; None: (0.05, 0.28).
             update_every: calls of `update_` from one update of the averages to the next. In long runs fewer are made:
                 one each time t has grown by 1e-4 of itself, below which float32 averages would stop moving. The
@@ -104,6 +108,10 @@ class PostHocEMA(StoredAverages):
                 so with "skip", `close` and `training_state` bring the averages up to the last call of `update_`, from
                 the model as it is then.
             drain_on_sigterm: store what is queued when SIGTERM comes, for at most 15 s, then do as without this.
+            plan: of `phema_dist.plan`: says max_checkpoints, sigma_rels, update_every, checkpoint_every and
+                checkpoint_dtype; leave those out.
+            retention: "best": keep the snapshots of which every sigma_rel can be made best, at whatever t training
+                ends. "last": the newest. Neither deletes the newest complete snapshot, nor one that is pinned.
 
         Raises:
             SettingsError, ProfileError: an argument that cannot work.
@@ -116,9 +124,10 @@ class PostHocEMA(StoredAverages):
         def checked() -> PostHocEMA:
             settings = Settings(
                 max_checkpoints, floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
-                only_save_diff, update_after_step, t_unit, on_error, on_busy, drain_on_sigterm, prefix,
+                only_save_diff, update_after_step, t_unit, on_error, on_busy, drain_on_sigterm, prefix, retention,
             )  # fmt: skip
-            ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings, sum_dtype(calculation_dtype))
+            store = open_store(checkpoint_dir, storage_options)
+            ema = PostHocEMA(store, planned(settings, plan), sum_dtype(calculation_dtype))
             ema._resume = check_resume(resume)
             return ema
 
@@ -141,6 +150,7 @@ class PostHocEMA(StoredAverages):
         storage_options: Mapping[str, Any] | None = None,
         process_group: ProcessGroup | None = None,
         prefix: str = "",
+        retention: str = "best",
     ) -> PostHocEMA:
         """Open a run to read it. Not collective: one rank, or a process without ranks, may do it alone.
 
@@ -160,6 +170,7 @@ class PostHocEMA(StoredAverages):
             storage_options: for the store.
             process_group: as in `from_model`; if given, its ranks also enter `model` together.
             prefix: as in `from_model`.
+            retention: as in `from_model`.
 
         Raises:
             RunError: there is no run, or it has other sigma_rels.
@@ -167,7 +178,7 @@ class PostHocEMA(StoredAverages):
         """
         settings = Settings(
             max_checkpoints, floats(sigma_rels), update_every, checkpoint_every, checkpoint_dtype,
-            only_save_diff=only_save_diff, prefix=prefix,
+            only_save_diff=only_save_diff, prefix=prefix, retention=retention,
         )  # fmt: skip
         ema = PostHocEMA(open_store(checkpoint_dir, storage_options), settings)
         check_sigma_rels(ema._store, runs.open_run(ema._store).info, settings)
@@ -234,6 +245,27 @@ class PostHocEMA(StoredAverages):
             self._training(model).update(model, None if t is None else t(), skips)
 
         self._attachment = Attachment(optimizers, stepped, session.writer.fence)
+
+    def pin(self, t: int) -> None:
+        """Keep the snapshot at t for ever: no retention deletes it. Not collective: one rank is enough, any may.
+
+        A snapshot that this job has taken may be pinned at once, before it is stored; it may still be skipped or lost,
+        which is logged. For any other one this reads the run's table of contents, and takes as long. `phema pin RUN
+        --t T --remove` takes a pin back.
+
+        Args:
+            t: of the snapshot: `ema.t` just after the `update_` that was its turn, or one that `phema ls` shows.
+
+        Raises:
+            SnapshotError: there is no complete snapshot at t; names the nearest.
+            StorageError: the pin could not be written.
+        """
+        session = self._session
+
+        def is_coming() -> bool:
+            return session is not None and session.writer.has_taken(integer(t), session.num_skipped)
+
+        pins.pin(self._store, integer(t), is_coming)
 
     @property
     def training_state(self) -> TrainingState:

@@ -119,11 +119,15 @@ class StoredAverages:
         from phema_dist import plot  # noqa: PLC0415  matplotlib only where a picture is wanted
 
         run = runs.find_run(self._store)
-        sigma_rels = run.info.sigma_rels if run else self._settings.sigma_rels or DEFAULT_SIGMA_RELS
-        ts = [s.t - run.info.origin for s in run.complete] if run else []
-        every = self._settings.checkpoint_every
-        planned = [every * (i + 1) for i in range(self._settings.max_checkpoints)]
-        return plot.figure_to_image(plot.reconstruction_error_figure(ts or planned, sigma_rels, target_sigma_rel_range))
+        if run and run.complete:
+            snapshots = plot.snapshots_of(run)
+        else:
+            sigma_rels = run.info.sigma_rels if run else self._settings.sigma_rels or DEFAULT_SIGMA_RELS
+            every = self._settings.checkpoint_every
+            ts = [every * (i + 1) for i in range(self._settings.max_checkpoints)]
+            snapshots = plot.Snapshots(ts, sigma_rels)
+        figure = plot.reconstruction_error_figure(snapshots, target_sigma_rel_range=target_sigma_rel_range)
+        return plot.figure_to_image(figure)
 
     def _wanted(self, ranks: Ranks, sigma_rel: float, t: int | None, dtype: torch.dtype | None) -> Request:
         """Collective on an object that trains: what is asked for, once all that was queued is stored."""

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 MAX_SIGMA_REL = 12**-0.5  # the uniform average, gamma = 0
 MAX_KNOTS = 4096  # how finely a history of updates is remembered: 64 KiB of integers
+MAX_BINS = 2**14  # how finely averages that are no power profiles are compared
 _ROUNDING = 1e-12  # how far rounding may push a sigma_rel past MAX_SIGMA_REL
 _EPSILON = 2.0**-52  # of float64
 
@@ -128,12 +129,19 @@ def beta_to_sigma_rel(beta: float, t: float) -> float:
     return gamma_to_sigma_rel(max(gamma, 0.0))
 
 
-class Profile(Protocol):
-    """What a synthesis needs to know of the averaging profile that it aims at, p of mass 1 on (0, t]."""
+class Stored(Protocol):
+    """What is known of any average: where it ends, and what it holds of each past moment."""
 
     @property
     def t(self) -> float:
         """Where it ends."""
+
+    def masses(self, times: Array) -> Array:
+        """Its integral over the interval before each time, from 0 on; what lies beyond t counts nothing."""
+
+
+class Profile(Stored, Protocol):
+    """What a synthesis needs to know of the averaging profile that it aims at, p of mass 1 on (0, t]."""
 
     @property
     def squared_norm(self) -> float:
@@ -141,9 +149,6 @@ class Profile(Protocol):
 
     def products(self, stored: Sequence["PowerProfile"]) -> Array:
         """<p, q> for each q of stored averages, none of which ends after p."""
-
-    def masses(self, times: Array) -> Array:
-        """Its integral over the interval before each time, from 0 on; what lies beyond t counts nothing."""
 
 
 @dataclass(frozen=True)
@@ -205,31 +210,59 @@ def coefficients(stored: Sequence[PowerProfile], target: Profile) -> Array:
     return fit(stored, [target])[0][:, 0]
 
 
-def fit(stored: Sequence[PowerProfile], targets: Sequence[Profile]) -> tuple[Array, Array]:
-    """`coefficients` [n, m] of several targets at once, and their relative errors [m].
+def products(
+    stored: Sequence[Stored], targets: Sequence[Profile], times: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Inner products of stored averages [n, n], of them with targets [n, m], and squared norms of the targets [m].
 
-    What is found for a target has the same bits whichever others are asked for beside it.
+    What is stored are power profiles, or anything if there are `times`: those of all updates, over which all of them
+    are step functions, as in `recorded_error`.
+    """
+    if times is None:
+        powers = cast("Sequence[PowerProfile]", stored)
+        cross = np.stack([target.products(powers) for target in targets], axis=1)
+        return inner_products(powers, powers), cross, np.array([target.squared_norm for target in targets])
+    starts = _bins(times, [p.t for p in stored])
+    root = np.sqrt(np.add.reduceat(np.diff(times, prepend=0.0), starts))
+    steps = np.array([np.add.reduceat(p.masses(times), starts) / root for p in stored])
+    aims = [np.add.reduceat(target.masses(times), starts) / root for target in targets]
+    return steps @ steps.T, np.stack([steps @ aim for aim in aims], axis=1), np.array([aim @ aim for aim in aims])
+
+
+def _bins(times: Array, ends: Sequence[float]) -> npt.NDArray[np.intp]:
+    """Where to begin anew, so that few bins have all updates: the first has its own, and none goes across an end."""
+    spread = np.linspace(0, len(times), MAX_BINS, endpoint=False) if len(times) > MAX_BINS else np.arange(len(times))
+    starts = np.unique(np.concatenate([[0, 1], spread, np.searchsorted(times, ends, side="right")]).astype(np.intp))
+    return starts[starts < len(times)]
+
+
+def fit(
+    stored: Sequence[Stored], targets: Sequence[Profile], times: Array | None = None, found: Array | None = None
+) -> tuple[Array, Array]:
+    """`coefficients` [n, m] of several targets at once, and their relative errors [m]; `times` as in `products`.
+
+    What is found for a target has the same bits whichever others are asked for beside it. If coefficients were `found`
+    otherwise, these are taken instead of the least squares; what is stored is looked up all the same.
     """
     if not stored:
         raise ProfileError("no averages are stored; there is nothing to synthesize from.")
     latest, end = max(p.t for p in stored), min(target.t for target in targets)
     if latest > end:
         raise ProfileError(f"a stored t must be at most the target's t={end}; got a snapshot at t={latest}.")
-    gram = inner_products(stored, stored)
-    cross = np.stack([target.products(stored) for target in targets], axis=1)
-    x = constrained_least_squares(gram, cross)
+    gram, cross, norms = products(stored, targets, times)
+    x = constrained_least_squares(gram, cross) if found is None else found.copy()
     for k, target in enumerate(targets):
         same = [i for i, p in enumerate(stored) if _is_same(p, target)]
         if same:
             x[:, k] = np.eye(len(stored))[same[0]]
-    norms = np.array([target.squared_norm for target in targets])
     one_by_one = [slice(k, k + 1) for k in range(len(targets))]
     return x, np.concatenate([relative_errors(gram, cross[:, k].copy(), norms[k], x[:, k].copy()) for k in one_by_one])
 
 
-def _is_same(stored: PowerProfile, target: Profile) -> bool:
+def _is_same(stored: Stored, target: Profile) -> bool:
     return (
-        isinstance(target, PowerProfile)
+        isinstance(stored, PowerProfile)
+        and isinstance(target, PowerProfile)
         and stored.t == target.t
         and math.isclose(stored.sigma_rel, target.sigma_rel, rel_tol=1e-9)
     )
@@ -289,9 +322,9 @@ def recorded_error(stored: Sequence[PowerProfile], coefficients: npt.ArrayLike, 
     return float(recorded_errors(stored, x[:, None], [target], times)[0])
 
 
-def recorded_errors(stored: Sequence[PowerProfile], x: Array, targets: Sequence[Profile], times: Array) -> Array:
+def recorded_errors(stored: Sequence[Stored], x: Array, targets: Sequence[Profile], times: Array) -> Array:
     """`recorded_error` of several targets, [m], for coefficients x [n, m]; rows of zeros cost nothing."""
-    end, last = max(p.t for p in (*stored, *targets)), times[-1] if len(times) else 0
+    end, last = max([p.t for p in stored] + [p.t for p in targets]), times[-1] if len(times) else 0
     if last < end:
         raise ProfileError(f"profiles must end by the last recorded update, t={last}; got one that ends at t={end}.")
     wanted = np.array([target.masses(times) for target in targets])

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from phema_dist.legacy import OneStepProfile, spread
+from phema_dist.profile import UpdateHistory
 
 if TYPE_CHECKING:
     from phema_dist.storage.gc import Garbage
     from phema_dist.storage.run import Run, Snapshot
     from phema_dist.storage.store import Store
     from phema_dist.storage.verify import Verdict
+    from phema_dist.synthesis.recipe import Recipe
+
+
+_MOST_NAMED = 8
 
 
 def listing(run: Run) -> str:
@@ -17,19 +25,49 @@ def listing(run: Run) -> str:
     tracked = ", ".join(f"{s:g}" for s in run.info.sigma_rels)
     lines = [
         f"{run.store.url}: sigma_rels {tracked}, {len(run.info.tensors)} tensors, t in {run.info.t_unit}",
+        *([imported(run)] if run.info.imported else []),
         f"{'t':>12}  {'attempt':>7}  {'ranks':>5}  {'bytes':>15}  state",
     ]
     for row in _rows(run):
         ranks = row["ranks"] or "?"
-        lines.append(f"{row['t']:>12}  {row['attempt']:>7}  {ranks:>5}  {row['bytes']:>15,}  {row['state']}")
+        state = row["state"] + ", pinned" * row["pinned"]
+        lines.append(f"{row['t']:>12}  {row['attempt']:>7}  {ranks:>5}  {row['bytes']:>15,}  {state}")
+    if gone := sorted(run.pins - {s.t for s in (*run.snapshots, *run.abandoned)}):
+        shown = ", ".join(map(str, gone[:_MOST_NAMED])) + ", …" * (len(gone) > _MOST_NAMED)
+        lines.append(f"pinned, but not there: t={shown}")
     return "\n".join(lines)
+
+
+def imported(run: Run) -> str:
+    """What the averages of an imported run really are."""
+    origin = run.info.imported
+    if origin is None or not run.complete:
+        return "imported, and nothing is complete yet"
+    newest = run.complete[-1]
+    times = UpdateHistory(newest.manifests[0].updates).times()
+    really = []
+    for sigma_rel in run.info.sigma_rels:
+        masses = OneStepProfile(sigma_rel, newest.t - run.info.origin).masses(times)
+        really.append(f"{sigma_rel:g} is {spread(masses, times):.3f} with {masses[0]:.1%} of the first parameters")
+    return f"imported from {origin.library}, update_every {origin.update_every}: at t={newest.t} {'; '.join(really)}"
+
+
+def prospect(recipe: Recipe) -> str:
+    """How good an average would be, before it is made."""
+    certificate = recipe.certificate
+    state = "good" if certificate.good else "NOT good"
+    return (
+        f"{recipe.target} at t={recipe.t}: profile error {certificate.recorded_error:.2%}, "
+        f"rounding noise {certificate.rounding_noise:.2%}: {state}"
+    )
 
 
 def listing_facts(run: Run) -> dict[str, Any]:
     """The same, for programs."""
     info = run.info
     facts = {"url": run.store.url, "sigma_rels": info.sigma_rels, "t_unit": info.t_unit, "origin": info.origin}
-    return {**facts, "snapshots": _rows(run)}
+    facts["imported"] = asdict(info.imported) if info.imported else None
+    return {**facts, "snapshots": _rows(run), "pins": sorted(run.pins)}
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
@@ -49,6 +87,7 @@ def _row(run: Run, snapshot: Snapshot) -> dict[str, Any]:
         "complete": snapshot.problem is None and snapshot not in run.abandoned,
         "ranks": attempts[snapshot.attempt].world_size if snapshot.attempt in attempts else None,
         "bytes": snapshot.num_bytes,
+        "pinned": snapshot.t in run.pins,
         "state": state,
     }
 

@@ -6,6 +6,7 @@ are the times of snapshots, each of which holds one average for every tracked si
 
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,12 @@ from phema_dist.profile import (
 )
 
 MIN_RELATIVE_DT = 1e-4  # the smallest dt / t at which an update is applied
+RETENTIONS = ("best", "last")  # what to keep: what serves every sigma_rel best, or the newest
 MAX_TARGET_SIGMA_REL = 0.28  # the longest average that retention cares for, unless a longer one is tracked
 
 _NUM_TARGETS = 24  # errors vary smoothly between the tracked sigma_rels
-_GOOD_ERROR = 0.01  # where evenly spread snapshots do better than this, retention aims at this
+_GOOD_ERROR = 0.02  # where evenly spread snapshots do better than this, retention aims at this
+_NORM = 32  # of the p-norm over the targets: near the largest one, and the others decide where that is the same
 _RIDGE = 1e-12  # added to a unit diagonal: bounds the condition, blurs relative errors below about 1e-6
 
 
@@ -83,13 +86,17 @@ def snapshots_to_keep(
     sigma_rels: Sequence[float],
     max_checkpoints: int,
     protected: AbstractSet[int] = frozenset(),
+    retention: str = "best",
 ) -> tuple[int, ...]:
-    """Choose the snapshots to keep: while there are too many, drop the one whose loss hurts the worst target least.
+    """Choose the snapshots to keep: while there are too many, drop the one whose loss hurts the worst targets least.
 
     What a loss does to a target is the relative error it leaves at the newest t, measured by what as many evenly
-    spread snapshots would leave there, but at least 0.01. Without that yardstick the targets far above any tracked
+    spread snapshots would leave there, but at least 0.02. Without that yardstick the targets far above any tracked
     sigma_rel, which are never good, would be served at the cost of the good ones: with (0.05, 0.10) tracked and 20
-    kept, the error at 0.15 would be 0.06 instead of 0.007.
+    kept, the error at 0.15 would be 0.06 instead of 0.01. With a finer one, the good ones would be served at the cost
+    of the worst, and of what comes: snapshots that are even at every t must be twice as dense as they will be.
+
+    How long the run will be is not known and not needed: what is kept serves the newest t, whenever that is.
 
     The newest snapshot and protected ones are never dropped. They count towards the number, so more than
     `max_checkpoints` are kept only if that many are protected.
@@ -99,30 +106,46 @@ def snapshots_to_keep(
         sigma_rels: The tracked sigma_rels.
         max_checkpoints: How many to keep, at least 1.
         protected: Times of pinned snapshots; those not in `ts` are ignored.
+        retention: "best", or "last" to drop the oldest instead.
 
     Returns:
         The times to keep, increasing.
 
     Raises:
-        SettingsError: max_checkpoints is below 1.
+        SettingsError: max_checkpoints is below 1, or there is no such retention.
         ProfileError: A sigma_rel is not feasible.
     """
     if max_checkpoints < 1:
         raise SettingsError(f"max_checkpoints must be at least 1; got {max_checkpoints}.")
+    check_retention(retention)
     kept = sorted(set(ts))
     if len(kept) <= max_checkpoints:
         return tuple(kept)
     fixed = protected | {kept[-1]}
-    targets = retention_targets(sigma_rels)
-    evenly_spread = range(1, max_checkpoints + 1)
-    yardstick = np.maximum(reconstruction_errors(evenly_spread, sigma_rels, targets), _GOOD_ERROR)
+    if retention == "last":
+        oldest = [t for t in kept if t not in fixed][: len(kept) - max_checkpoints]
+        return tuple(t for t in kept if t not in oldest)
+    targets, yardstick = retention_targets(sigma_rels), _yardstick(tuple(sigma_rels), max_checkpoints)
     problem = _least_squares_problem(kept, sigma_rels, targets)
     while len(kept) > max_checkpoints and not fixed >= set(kept):
-        worst = (_errors_without_each(*problem, len(sigma_rels)) / yardstick).max(axis=1)
-        drop = int(np.argmin(np.where([t in fixed for t in kept], np.inf, worst)))
+        hurt = ((_errors_without_each(*problem, len(sigma_rels)) / yardstick) ** _NORM).sum(axis=1)
+        drop = int(np.argmin(np.where([t in fixed for t in kept], np.inf, hurt)))
         del kept[drop]
         problem = _without_snapshot(*problem, drop, len(sigma_rels))
     return tuple(kept)
+
+
+@lru_cache(maxsize=8)  # asked for at each snapshot of a run
+def _yardstick(sigma_rels: tuple[float, ...], max_checkpoints: int) -> Array:
+    """What an error at each target is measured by, [m]."""
+    evenly_spread = range(1, max_checkpoints + 1)
+    return np.maximum(reconstruction_errors(evenly_spread, sigma_rels, retention_targets(sigma_rels)), _GOOD_ERROR)
+
+
+def check_retention(retention: str) -> None:
+    """Raise SettingsError if there is no such retention."""
+    if retention not in RETENTIONS:
+        raise SettingsError(f"retention must be one of {RETENTIONS}; got {retention!r}.")
 
 
 def _least_squares_problem(
@@ -135,7 +158,7 @@ def _least_squares_problem(
         raise ProfileError("no averages are stored; there is nothing to synthesize from.")
     stored = [PowerProfile(sigma_rel, t) for t in ts for sigma_rel in sigma_rels]
     wanted = [PowerProfile(float(sigma_rel), ts[-1]) for sigma_rel in targets]
-    squared_norms = np.array([inner_products([p], [p])[0, 0] for p in wanted])
+    squared_norms = np.diagonal(inner_products(wanted, wanted))
     return inner_products(stored, stored), inner_products(stored, wanted), squared_norms
 
 

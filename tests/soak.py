@@ -417,7 +417,9 @@ def chaos(server: S3Server, bucket: str, seconds: float, seed: int, client: str)
         with tempfile.TemporaryDirectory() as folder:
             stop = Path(folder, "stop")
             trainer = threading.Thread(
-                target=_report, args=(pipes[1], in_new_process, _train_until, url, options, stop)
+                # Beyond t = 10 000 an update waits until dt/t is 1e-4, and the recursion here makes all of them.
+                target=_report,
+                args=(pipes[1], in_new_process, _train_until, url, options, stop, max(0.05, seconds / 8000)),
             )
             trainer.start()
             faults: dict[str, int] = {}
@@ -496,8 +498,8 @@ def _report(pipe: Connection, function: Callable[..., Any], *args: Any) -> None:
         pipe.send((str(error), None))
 
 
-def _train_until(url: str, options: Options, stop: Path) -> int:
-    """Train on two ranks, a snapshot every second, until a file is there; returns the last t."""
+def _train_until(url: str, options: Options, stop: Path, pause: float) -> int:
+    """Train on two ranks, a snapshot every 20 steps, until a file is there; returns the last t."""
     ended = multiprocessing.get_context("fork").Value("i", 0)
 
     def before_step(t: int) -> bool:
@@ -505,7 +507,7 @@ def _train_until(url: str, options: Options, stop: Path) -> int:
             ended.value = t + 20  # far enough ahead for the other rank
         return 0 < ended.value < t
 
-    job = Job(url, options, 100_000, checkpoint_every=20, max_checkpoints=100_000, pause=0.05, before_step=before_step)
+    job = Job(url, options, 100_000, checkpoint_every=20, max_checkpoints=100_000, pause=pause, before_step=before_step)
     with ranks(2, lambda _: job.train()) as pids:
         assert statuses(pids, 10**9) == [0, 0], "a rank ended with an error, see above"
     return int(ended.value)

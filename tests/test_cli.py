@@ -191,6 +191,11 @@ def test_an_incomplete_snapshot_is_listed_with_its_reason(local_run: Path, capsy
         (["gc", "nowhere"], 1, "nowhere must hold a run of phema-dist"),
         (["gc", "RUN", "--keep", "0"], 1, "keep must be at least 1; got 0"),
         (["gc", "RUN", "--keep", "some"], 2, "some"),
+        (["gc", "RUN", "--keep", "2", "--retention", "first"], 2, "first"),
+        (["pin", "nowhere", "--t", "1"], 1, "nowhere must hold a run of phema-dist"),
+        (["pin", "RUN", "--t", "14"], 1, "no complete snapshot. The nearest are t=10 and t=20."),
+        (["pin", "RUN", "--t", "14", "--remove"], 1, "must be pinned to be unpinned; pinned is nothing"),
+        (["pin", "RUN"], 2, "--t"),
         (["consolidate", "RUN", "--out", "x"], 1, "rank-*-of-*.safetensors"),
         (["ls", "RUN", "--storage-options", "[1]"], 2, "JSON object"),
         ([], 2, "COMMAND"),
@@ -224,7 +229,7 @@ def test_a_poor_certificate_warns_and_does_not_fail(local_run: Path, tmp_path: P
     assert "left out a snapshot that cannot be used, t=10" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["ls", "verify", "gc", "synthesize", "consolidate"])
+@pytest.mark.parametrize("command", ["ls", "verify", "gc", "pin", "synthesize", "consolidate"])
 def test_help_has_an_example_that_runs(
     command: str, local_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1015,7 +1015,7 @@ def test_t_is_an_integer(tmp_path: Path, t: object) -> None:
 def test_what_the_certificate_warns_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained(tmp_path / "run", 50, checkpoint_dtype=torch.bfloat16)
     synthesize(tmp_path / "run", [0.1])
-    assert "the rounding of BF16 snapshots changes parameters by about" in caplog.text
+    assert caplog.text == ""  # parameters move much further than they are rounded; tests/test_noise.py has the others
     synthesize(tmp_path / "run", [0.1], t=45)
     assert "t=40, where a snapshot is, would be more exact" in caplog.text
     with pytest.raises(SnapshotError, match=r"complete snapshots up to t=50; got t=60"):

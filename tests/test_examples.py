@@ -54,6 +54,12 @@ def test_train_and_sweep_on_a_disk(tmp_path: Path) -> None:
     assert len((tmp_path / "out/sweep.md").read_text().splitlines()) > 12
     with safe_open(tmp_path / "out/best.safetensors", "pt") as file:
         assert "write.weight" in file.keys()  # noqa: SIM118  not a dict
+    measuring = f"{sys.executable} {EXAMPLES / 'eval_digits.py'} {{checkpoint}}"
+    words = ("-m", "phema_dist", "sweep", "run", "--sigma-rel", "0.11", "--eval", measuring, "--out", "swept")
+    table = run(tmp_path, *words)
+    (row,) = (line for line in (tmp_path / "out/sweep.md").read_text().splitlines() if line.startswith("| 0.11 |"))
+    (measured,) = re.findall(r"sigma_rel = 0\.11: (\S+)", table)
+    assert f"{float(measured):.3f}" == row.split("|")[3].strip()  # the same number by both ways
 
 
 @pytest.mark.s3

@@ -125,6 +125,15 @@ def test_retention_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
         removed(store, keep=0)
 
 
+def test_the_last_ones_are_kept_where_that_is_wanted(tmp_path: Path) -> None:
+    store = made((str(tmp_path / "run"), {}))
+    store.put("pins/000000002000", b"")
+    assert main(["gc", store.url, "--keep", "3", "--retention", "last"]) == 0
+    assert [s.t for s in open_run(store).complete] == [2000, 5000, 6000]
+    with pytest.raises(SettingsError, match="retention must be one of"):
+        removed(store, keep=1, retention="first")
+
+
 def temporary(store: Store, key: str) -> Path:
     """What a killed put leaves."""
     path = Path(store.url) / key

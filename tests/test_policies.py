@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ranks import outcome, run
 from torch import nn
 
-from phema_dist import BackgroundError, PostHocEMA, StorageError
+from phema_dist import BackgroundError, PostHocEMA, SettingsError, StorageError
 from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.storage.run import open_run
 from phema_dist.storage.store import LocalStore, open_store
@@ -207,6 +207,31 @@ def test_a_run_that_cannot_be_read_meanwhile_costs_no_snapshot(
     assert complete(tmp_path / "run") == [5, 6]
     assert ema.status()["last_complete_snapshot"] == 6
     assert "there is no run.json" in caplog.text
+
+
+# -- retention
+
+
+@pytest.mark.parametrize(("retention", "kept"), [("last", [55, 60, 63]), ("best", None)])
+def test_the_newest_are_kept_where_that_is_wanted_and_the_best_otherwise(
+    tmp_path: Path, retention: str, kept: list[int] | None
+) -> None:
+    settings = {} if retention == "best" else {"retention": retention}
+    with begun(tmp_path / "run", nn.Linear(4, 4), max_checkpoints=3, **settings) as ema:
+        steps(ema, 33)
+    assert len(complete(tmp_path / "run")) == 3
+    again = PostHocEMA.from_path(
+        tmp_path / "run", nn.Linear(4, 4), 3, update_every=1, checkpoint_every=5, retention=retention
+    )
+    with again as ema:
+        steps(ema, 30)
+    found = complete(tmp_path / "run")
+    assert found == kept if kept else found[0] < 30 and found[-1] == 63 and len(found) == 3
+
+
+def test_an_unknown_retention_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"retention must be one of \('best', 'last'\); got 'first'"):
+        begun(tmp_path / "run", nn.Linear(4, 4), retention="first")
 
 
 # -- on_busy

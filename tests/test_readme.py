@@ -1,7 +1,9 @@
 """Every block of README.md runs, in order, as a reader would run it; only the bucket is the tests' own."""
 
+import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
     text = README.read_text().replace("s3://bucket/run", s3_url[0]).replace("https://...", s3_server.endpoint)
 
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
     names = {
@@ -37,6 +39,8 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
         "images_seen": 64,
     }
     exec(blocks[0], names)  # noqa: S102
+    exec(blocks.pop(1), names)  # noqa: S102
+    names["ema"].close()  # type: ignore[attr-defined]
     before_the_first_snapshot, _, afterwards = blocks[1].partition("with ema.state_dict")
     exec(before_the_first_snapshot, names)  # noqa: S102
     for t in range(100, 2000, 100):
@@ -50,13 +54,17 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url
     for block in blocks[3:]:
         exec(block, names)  # noqa: S102
 
+    (tmp_path / "eval.py").write_text("import sys; print(f'loss: {len(sys.argv[1]) / 8:.2f}')")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     commands = [line.partition("#")[0] for line in text.splitlines() if line.startswith("phema ")]
-    assert len(commands) == 8
+    assert len(commands) == 13
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
     assert (tmp_path / "ema.safetensors").exists()
     assert (tmp_path / "joined.safetensors").exists()
     assert len(list((tmp_path / "averages").rglob("*.safetensors"))) == 4
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} >= {"best.safetensors", "sweep.md", "sweep.svg"}
+    assert (tmp_path / "profiles.svg").exists()
 
 
 def test_the_commands_of_the_readme_exist() -> None:

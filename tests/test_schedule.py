@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,12 +30,22 @@ def synthesized_error(ts: Sequence[float], sigma_rels: Sequence[float], target: 
     return profile_error(stored, coefficients(stored, wanted), wanted)
 
 
-def online(sigma_rels: Sequence[float], max_checkpoints: int, count: int) -> Iterator[tuple[int, ...]]:
-    """What is kept after each of `count` evenly spaced snapshots."""
+def online(sigma_rels: Sequence[float], max_checkpoints: int, ts: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """What is kept after each snapshot."""
     kept: tuple[int, ...] = ()
-    for t in range(1000, 1000 * count + 1, 1000):
+    for t in ts:
         kept = snapshots_to_keep((*kept, t), sigma_rels, max_checkpoints)
         yield kept
+
+
+def ratios(
+    sigma_rels: Sequence[float], ts: Sequence[int], max_checkpoints: int = 20, every: int = 1
+) -> Iterator[tuple[int, float]]:
+    """At every t, or so many apart: the worst error of what is kept to that of as many evenly spread with hindsight."""
+    even = worst_error(range(1, max_checkpoints + 1), sigma_rels)
+    for number, kept in enumerate(online(sigma_rels, max_checkpoints, ts), 1):
+        if number >= max_checkpoints and number % every == 0:
+            yield kept[-1], worst_error(kept, sigma_rels) / even
 
 
 @pytest.mark.parametrize(
@@ -85,7 +95,7 @@ def test_the_worst_error_is_the_largest_between_the_shortest_and_028() -> None:
 
 
 def test_twenty_well_chosen_snapshots_stay_under_one_percent_at_every_t() -> None:
-    kept = list(online(PAIR, 20, 200))
+    kept = list(online(PAIR, 20, range(1000, 201_000, 1000)))
     assert max(worst_error(ts, PAIR) for ts in kept[20:]) < 0.01
     assert worst_error(range(181, 201), PAIR) > 0.3
     assert all(len(ts) == min(i, 20) for i, ts in enumerate(kept, 1))
@@ -94,20 +104,78 @@ def test_twenty_well_chosen_snapshots_stay_under_one_percent_at_every_t() -> Non
 
 
 def test_targets_far_above_the_tracked_ones_do_not_cost_the_good_ones() -> None:
-    *_, kept = online((0.05, 0.10), 20, 200)
+    *_, kept = online((0.05, 0.10), 20, range(1000, 201_000, 1000))
     good = reconstruction_errors(kept, (0.05, 0.10), [0.07, 0.15, 0.20])
-    even = reconstruction_errors(range(10, 201, 10), (0.05, 0.10), [0.07, 0.15, 0.20])
-    assert (good < 1.5 * even).all()
+    assert (good < [0.01, 0.02, 0.03]).all()  # of the worst error alone: 0.03, 0.07, 0.10
+
+
+# The worst along the way of 10 000 snapshots is in benchmarks/retention.py; these are the numbers that must hold.
+@pytest.mark.parametrize(("sigma_rels", "gain"), [(PAIR, 20), ((0.05, 0.10), 5), ((0.05, 0.10, 0.20), 5)], ids=str)
+def test_what_is_kept_is_nearly_as_good_as_evenly_spread_with_hindsight_at_every_t(
+    sigma_rels: tuple[float, ...], gain: float
+) -> None:
+    even, t = worst_error(range(1, 21), sigma_rels), 0
+    for t, ratio in ratios(sigma_rels, range(1, 1001)):
+        assert ratio <= 1.25, t
+        if t in {200, 500, 1000}:
+            assert worst_error(range(t - 19, t + 1), sigma_rels) >= gain * ratio * even
+    assert t == 1000
+
+
+def test_a_long_run_goes_on_as_well_from_wherever_it_is() -> None:
+    """As a resume does, which sees what is kept and nothing else: here evenly spread ones of 10 000."""
+    even, kept = worst_error(range(1, 21), (0.05, 0.10)), tuple(range(500, 10_001, 500))
+    for t in range(10_001, 10_801):
+        kept = snapshots_to_keep((*kept, t), (0.05, 0.10), 20)
+        if t % 5 == 0:
+            assert worst_error(kept, (0.05, 0.10)) <= 1.25 * even, t
+
+
+@pytest.mark.parametrize(("max_checkpoints", "bound"), [(2, 1.6), (3, 1.6), (4, 1.6), (5, 1.6), (64, 1.0)])
+def test_few_and_many_are_spread_too(max_checkpoints: int, bound: float) -> None:
+    found = dict(ratios(PAIR, range(1, 151), max_checkpoints, every=3))
+    assert max(found.values()) <= bound
+    last = worst_error(range(151 - max_checkpoints, 151), PAIR)
+    assert last > found[150] * worst_error(range(1, max_checkpoints + 1), PAIR)
+
+
+def test_uneven_spacing_is_what_the_errors_say_it_is() -> None:
+    """Some bursts, as of a job that is killed and restarted: its snapshots are neighbours, and go first."""
+    ts = sorted({*range(100, 20_100, 100), *(t + d for t in range(1000, 20_000, 3000) for d in (1, 2, 3))})
+    kept = list(online(PAIR, 20, ts))
+    even = worst_error(range(1, 21), PAIR)
+    assert max(worst_error(found, PAIR) for found in kept[60:]) <= 1.25 * even
+    assert sum(later - t < 10 for t, later in pairwise(kept[-1])) <= 1
+
+
+def test_pins_cost_places_and_the_rest_is_chosen_around_them() -> None:
+    kept: tuple[int, ...] = ()
+    pins = {3, 4, 5}
+    for t in range(1, 301):
+        kept = snapshots_to_keep((*kept, t), PAIR, 20, pins)
+        assert t < 5 or pins < set(kept)
+    assert len(kept) == 20
+    assert worst_error(kept, PAIR) <= 1.25 * worst_error(range(1, 18), PAIR)
+
+
+def test_the_last_ones_are_kept_for_those_who_want_them() -> None:
+    ts = [7, 1, 3, 9, 5]
+    assert snapshots_to_keep(ts, PAIR, 3, retention="last") == (5, 7, 9)
+    assert snapshots_to_keep(ts, PAIR, 3, {1, 2}, "last") == (1, 7, 9)
+    assert snapshots_to_keep(ts, PAIR, 1, {1, 3}, "last") == (1, 3, 9)
+    assert snapshots_to_keep(ts, PAIR, 5, retention="last") == (1, 3, 5, 7, 9)
+    with pytest.raises(SettingsError, match=r"retention must be one of \('best', 'last'\); got 'first'"):
+        snapshots_to_keep(ts, PAIR, 9, retention="first")
 
 
 @pytest.mark.parametrize("sigma_rels", [(0.1,), PAIR, (0.05, 0.10, 0.20)])
 def test_the_dropped_snapshot_is_the_one_that_brute_force_drops(sigma_rels: tuple[float, ...]) -> None:
     ts = [1000, 1700, 2000, 4000, 4100, 6000, 9000]
     targets = retention_targets(sigma_rels)
-    yardstick = np.maximum(reconstruction_errors(range(1, 7), sigma_rels, targets), 0.01)
+    yardstick = np.maximum(reconstruction_errors(range(1, 7), sigma_rels, targets), 0.02)
     losses = {
-        t: max(
-            synthesized_error([u for u in ts if u != t], sigma_rels, s) / y
+        t: sum(
+            (synthesized_error([u for u in ts if u != t], sigma_rels, s) / y) ** 32
             for s, y in zip(targets, yardstick, strict=True)
         )
         for t in ts[:-1]

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from phema_dist.cli import averages, runs
+from phema_dist.cli import averages, conversions, imports, pictures, plans, runs, sweeps
 from phema_dist.errors import PhemaError
 
-_COMMANDS = (runs, averages)
+_COMMANDS = (plans, runs, averages, imports, conversions, sweeps, pictures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

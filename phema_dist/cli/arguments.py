@@ -23,9 +23,12 @@ T = TypeVar("T")
 _SECONDS_TO_TELL = 0.5
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add the run that a command is about."""
-    parser.add_argument("run", metavar="RUN", help="where the run lives: a folder, s3://bucket/run, any fsspec URL")
+    parser.add_argument(
+        "run", metavar="RUN", nargs=None if required else "?",
+        help="where the run lives: a folder, s3://bucket/run, any fsspec URL",
+    )  # fmt: skip
     parser.add_argument(
         "--storage-options", type=json_object, metavar="JSON",
         help='for the store, as in \'{"endpoint_url": "https://…"}\'; keys are better left to the environment',

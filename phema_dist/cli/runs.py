@@ -1,4 +1,4 @@
-"""Commands that look after a run: `phema ls`, `verify`, `gc`."""
+"""Commands that look after a run: `phema ls`, `verify`, `gc`, `pin`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
     """Add these commands."""
     listing = commands.add_parser(
         "ls", help="list the snapshots of a run", epilog="example: phema ls s3://bucket/run",
-        description="List the snapshots of a run: t, whether complete and if not why, size.",
+        description="List the snapshots of a run: t, whether complete and if not why, whether pinned, size.",
     )  # fmt: skip
     add_run(listing)
     listing.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -42,8 +42,20 @@ def add(commands: Commands) -> None:
     removing.add_argument(
         "--keep", type=int, metavar="N", help="of complete snapshots the N that serve all lengths best"
     )
+    removing.add_argument(
+        "--retention", choices=("best", "last"), default="best", help="with --keep: last keeps the newest N instead"
+    )
     removing.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     removing.set_defaults(command=_gc)
+
+    pinning = commands.add_parser(
+        "pin", help="keep a snapshot for ever", epilog="example: phema pin s3://bucket/run --t 20",
+        description="Pin the snapshot at a t: neither a job nor `phema gc` deletes it, whatever they keep otherwise.",
+    )  # fmt: skip
+    add_run(pinning)
+    pinning.add_argument("--t", type=int, required=True, metavar="T", help="of a complete snapshot, as ls shows it")
+    pinning.add_argument("--remove", action="store_true", help="take the pin back: retention may delete it then")
+    pinning.set_defaults(command=_pin)
 
 
 def _ls(arguments: argparse.Namespace) -> None:
@@ -75,8 +87,23 @@ def _gc(arguments: argparse.Namespace) -> None:
 
     store, removed = opened(arguments), []
     for garbage in collect_garbage(
-        store, keep=arguments.keep, abandoned=arguments.abandoned, dry_run=arguments.dry_run
+        store,
+        keep=arguments.keep,
+        retention=arguments.retention,
+        abandoned=arguments.abandoned,
+        dry_run=arguments.dry_run,
     ):
         removed.append(garbage)
         print(report.removal(garbage), flush=True)
     print(report.removals(store, removed, dry_run=arguments.dry_run))
+
+
+def _pin(arguments: argparse.Namespace) -> None:
+    from phema_dist.storage import pins  # noqa: PLC0415
+
+    store = opened(arguments)
+    if arguments.remove:
+        pins.unpin(store, arguments.t)
+    else:
+        pins.pin(store, arguments.t)
+    print(f"{store.url}: t={arguments.t} is {'not pinned any more' if arguments.remove else 'pinned'}")

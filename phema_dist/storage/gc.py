@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from phema_dist import schedule
 from phema_dist.errors import SettingsError
 from phema_dist.storage.manifest import INDEX_NAME
+from phema_dist.storage.pins import pinned
 from phema_dist.storage.run import delete_snapshot, newest_attempt, open_run
 
 if TYPE_CHECKING:
@@ -36,13 +37,19 @@ class Garbage:
 
 
 def collect_garbage(
-    store: Store, *, keep: int | None = None, abandoned: bool = False, dry_run: bool = False
+    store: Store,
+    *,
+    keep: int | None = None,
+    retention: str = "best",
+    abandoned: bool = False,
+    dry_run: bool = False,
 ) -> Iterator[Garbage]:
     """Remove what is dead, one thing after the other, and yield what was removed; a job may write meanwhile.
 
     Args:
         store: where the run lives.
-        keep: how many complete snapshots to keep, those that serve every sigma_rel best; None: all of them.
+        keep: how many complete snapshots to keep; None: all of them.
+        retention: which ones: "best", those that serve every sigma_rel best, or "last", the newest.
         abandoned: also remove all that is hidden because a newer attempt went on from an earlier t.
         dry_run: remove nothing.
 
@@ -52,13 +59,14 @@ def collect_garbage(
     """
     if keep is not None and keep < 1:
         raise SettingsError(f"keep must be at least 1; got {keep}.")
+    schedule.check_retention(retention)
     known: Known = {}
     done: set[str] = set()
     while True:
         run = open_run(store, known)
         if not run.attempts:
             return
-        for garbage in chain(_dead_snapshots(run, keep, abandoned=abandoned), _dead_puts(store, run)):
+        for garbage in chain(_dead_snapshots(run, keep, retention, abandoned=abandoned), _dead_puts(store, run)):
             if (name := garbage.handle or garbage.key) in done:
                 continue
             if not dry_run and newest_attempt(store) != run.attempts[-1]:
@@ -111,14 +119,17 @@ def left_behind(run: Run, *, abandoned: bool = False) -> list[Snapshot]:
     return hidden
 
 
-def not_kept(run: Run, keep: int, t: int | None = None) -> list[Snapshot]:
-    """Complete snapshots beyond `keep`, chosen to serve every sigma_rel; one at `t` counts, complete or not."""
+def not_kept(run: Run, keep: int, t: int | None = None, retention: str = "best") -> list[Snapshot]:
+    """Complete snapshots beyond the `keep` that this retention chooses; one at `t` counts, complete or not.
+
+    Nothing else counts, so whoever looks at the same snapshots chooses the same ones, now or in another attempt.
+    """
     newest, origin = run.newest(), run.info.origin
     if newest is None:
         return []
     ts = {s.t for s in run.complete} | ({t} if t is not None else set())
     kept = schedule.snapshots_to_keep(
-        [x - origin for x in ts], run.info.sigma_rels, keep, protected={x - origin for x in run.pins | {newest.t}}
+        [x - origin for x in ts], run.info.sigma_rels, keep, {x - origin for x in run.pins | {newest.t}}, retention
     )
     return [s for s in run.complete if s.t - origin not in kept]
 
@@ -135,13 +146,14 @@ def dead_puts(run: Run, unfinished: Mapping[str, str]) -> dict[str, str]:
     return dead
 
 
-def _dead_snapshots(run: Run, keep: int | None, *, abandoned: bool) -> Iterator[Garbage]:
+def _dead_snapshots(run: Run, keep: int | None, retention: str, *, abandoned: bool) -> Iterator[Garbage]:
     """What can go, each once, the worthless first."""
     newest = run.attempts[-1]
     given_up = f"hidden: attempt {newest.number} went on from t={newest.t}"
     found = [(s, f"{s.problem}, and nobody will write more of it") for s in partials(run)]
     found += [(s, given_up) for s in left_behind(run, abandoned=abandoned)]
-    found += [(s, f"not one of the {keep} to keep") for s in (not_kept(run, keep) if keep else ())]
+    surplus = not_kept(run, keep, retention=retention) if keep else ()
+    found += [(s, f"not one of the {keep} to keep") for s in surplus]
     reasons: dict[str, Garbage] = {}
     for snapshot, why in found:
         reasons.setdefault(snapshot.folder, Garbage(snapshot.folder, why, snapshot.num_bytes))
@@ -154,12 +166,13 @@ def _dead_puts(store: Store, run: Run) -> Iterator[Garbage]:
 
 
 def _remove(store: Store, garbage: Garbage, known: Known) -> bool:
-    """Remove it, unless it is gone, or more than when it was judged: then somebody writes it."""
+    """Remove it, unless it is gone, or pinned, or more than when it was judged: then somebody writes it."""
     if garbage.handle is not None:
         store.discard([garbage.handle])
         return True
     there = {key.removeprefix(f"{garbage.key}/") for key in store.list(garbage.key)}
-    if not there or not there <= {*known[garbage.key][0], INDEX_NAME}:
+    files, snapshot = known[garbage.key]
+    if not there or not there <= {*files, INDEX_NAME} or snapshot.t in pinned(store):
         return False
     delete_snapshot(store, garbage.key)
     return True

@@ -91,8 +91,19 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
+class Imported:
+    """That another library made the averages, with the beta of one unit of t at each update: `legacy` knows them."""
+
+    library: _Name
+    update_every: _Positive
+
+
+@dataclass(frozen=True)
 class RunInfo:
-    """What is fixed for a whole run. `origin` is the t at which averaging began; profiles count from there."""
+    """What is fixed for a whole run. `origin` is the t at which averaging began; profiles count from there.
+
+    In an `imported` run sigma_rels are what was asked for, and not what the averages are.
+    """
 
     format: _Positive
     library: _Name
@@ -102,6 +113,7 @@ class RunInfo:
     only_save_diff: bool
     tensors: dict[_Name, TensorFacts]
     aliases: dict[_Name, _Name]  # further name of a tied tensor -> the name it is stored under
+    imported: Imported | None = None  # not in what was written before there was any
 
 
 @dataclass(frozen=True)
@@ -185,6 +197,11 @@ class Index:
 def attempt_key(number: int) -> str:
     """Where an attempt is recorded."""
     return f"attempts/{number}.json"
+
+
+def pin_key(t: int) -> str:
+    """What holds the snapshots at t; it is empty."""
+    return f"pins/{t:012d}"
 
 
 def snapshot_folder(t: int, attempt: int) -> str:

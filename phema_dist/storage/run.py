@@ -251,6 +251,11 @@ def delete_snapshot(store: Store, folder: str) -> None:
     store.delete(keys - documents - index)
 
 
+def pins_among(keys: Iterable[str]) -> frozenset[int]:
+    """Each t that one of these keys pins."""
+    return frozenset(int(match[1]) for key in keys if (match := _PIN.fullmatch(key)))
+
+
 def _is_key(key: str) -> bool:
     """Whether a store takes it: a bucket may hold others, that nobody can delete through it."""
     try:
@@ -295,7 +300,7 @@ def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run | N
         tuple(sorted(attempts, key=lambda attempt: attempt.number)),
         tuple(s for s in snapshots if s.t <= limits.get(s.attempt, -1)),
         tuple(s for s in snapshots if s.t > limits.get(s.attempt, -1)),
-        frozenset(int(match[1]) for key in others if (match := _PIN.fullmatch(key))),
+        pins_among(others),
         frozenset(indexed),
     )
 

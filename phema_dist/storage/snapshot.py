@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -121,13 +121,13 @@ def make_images(boxes: Sequence[tuple[str, torch.dtype, Box]]) -> tuple[list[Ima
     return images, [next(views[number]) for number in numbers]
 
 
-def write_snapshot(store: Store, manifest: Manifest, images: Sequence[tuple[str, float, Image]]) -> int:
+def write_snapshot(store: Store, manifest: Manifest, images: Iterable[tuple[str, float, Image]]) -> int:
     """Put one rank's files of a snapshot, then its manifest: until that last put the rank has written nothing.
 
     Args:
         store: where the run lives.
         manifest: everything but its files.
-        images: file name inside the snapshot, sigma_rel, and contents.
+        images: file name inside the snapshot, sigma_rel, and contents; one may be filled when its turn comes.
 
     Returns:
         The number of bytes written.
@@ -142,7 +142,7 @@ def write_snapshot(store: Store, manifest: Manifest, images: Sequence[tuple[str,
     facts = Manifest(**{**manifest.__dict__, "files": tuple(files)})
     text = to_json(facts)
     store.put(f"{folder}/{manifest_name(manifest.rank, manifest.world_size)}", text)
-    return sum(len(image.buffer) for _, _, image in images) + len(text)
+    return sum(file.header_bytes + file.data_bytes for file in files) + len(text)
 
 
 def parse_header(header: bytes, file: ShardFile, run: RunInfo, where: str) -> tuple[Entry, ...]:

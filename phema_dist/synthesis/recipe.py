@@ -13,8 +13,10 @@ import numpy as np
 
 from phema_dist import profile
 from phema_dist.errors import ProfileError, SnapshotError
-from phema_dist.profile import Array, PowerProfile, UpdateHistory
+from phema_dist.legacy import OneStepProfile
+from phema_dist.profile import Array, PowerProfile, Profile, Stored, UpdateHistory
 from phema_dist.storage.snapshot import HALF_ULP
+from phema_dist.synthesis.noise import Noise, noise_of
 from phema_dist.synthesis.sums import BATCH
 from phema_dist.target import ConstantBeta, Explicit, Power, Shape, Target, as_target, neighbours, resolve
 
@@ -25,6 +27,7 @@ _log = logging.getLogger("phema_dist")
 GOOD_ERROR = 0.05  # a profile error above this is worth a warning
 GOOD_BIAS = 0.01  # and so is it if somebody's own EMA would differ by this share of the first parameters
 GOOD_NOISE = 0.005  # and so is an expected change of the parameters, by the rounding of what is stored, above this
+GOOD_SHARE = 0.1  # and so is an error of the parameters above this share of what their average differs from them by
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Certificate:
     with them, the profile error would be `error_with_all`. `ends_before` names those that would have been the end, if
     that was left open. `suggestion` is the nearest target of the same family that would be good, if this is not.
     `bias_removed` is how much of the first parameters an EMA of that constant beta would hold that began with them.
+
+    `parameter_error` is what parameters are expected to be off by, root mean square, by that of the parameters: from
+    the profile, if they move like a random walk as far as they were measured to, and from rounding. `movement` is what
+    the wanted average differs from the parameters at its end by, in the same unit. Both are None if movement was not
+    measured, or coefficients were given. For 16-bit snapshots coefficients are then `noise_aware`: they make the
+    parameter error least, and not the profile error.
     """
 
     profile_error: float
@@ -50,10 +59,15 @@ class Certificate:
     ends_before: tuple[str, ...] = ()
     suggestion: str = ""
     bias_removed: float = 0.0
+    parameter_error: float | None = None
+    movement: float | None = None
+    noise_aware: bool = False
 
     @property
     def good(self) -> bool:
-        """Whether there is nothing to warn of: at most `GOOD_ERROR` and `GOOD_NOISE`."""
+        """Whether there is nothing to warn of: `GOOD_ERROR` and `GOOD_NOISE`, or `GOOD_SHARE` if noise-aware."""
+        if self.noise_aware and self.parameter_error is not None and self.movement is not None:
+            return self.parameter_error <= GOOD_SHARE * self.movement
         return _is_good(self.profile_error, self.rounding_noise)
 
 
@@ -146,7 +160,7 @@ def announce(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         certificate, what = recipe.certificate, f"{recipe.target} at t={recipe.t}"
         suggestion = f"; {certificate.suggestion}" if certificate.suggestion else ""
-        if certificate.profile_error > GOOD_ERROR:
+        if not certificate.noise_aware and certificate.profile_error > GOOD_ERROR:
             stored = recipe.newest.t
             _log.warning(
                 "%s: the profile error is %.1f%%, above %g%%; %s would be more exact%s", what,
@@ -155,7 +169,16 @@ def announce(recipes: Sequence[Recipe]) -> None:
                 else "more snapshots, or an average nearer to the tracked ones,",
                 suggestion,
             )  # fmt: skip
-        if certificate.rounding_noise > GOOD_NOISE:
+        if certificate.noise_aware and not certificate.good:
+            off, movement = certificate.parameter_error or 0.0, certificate.movement or 0.0
+            _log.warning(
+                "%s: parameters are off by about %.2g%%, and this average differs from those at its end by %.2g%%; %s "
+                "would be more exact%s", what, 100 * off, 100 * movement,
+                f"t={recipe.newest.t}, where a snapshot is," if recipe.newest.t != recipe.t
+                else f"more snapshots, or float32 ones instead of {recipe.newest.manifests[0].dtype},",
+                suggestion,
+            )  # fmt: skip
+        if not certificate.noise_aware and certificate.rounding_noise > GOOD_NOISE:
             _log.warning(
                 "%s: the rounding of %s snapshots changes parameters by about %.1f%%; float32 ones do not%s", what,
                 recipe.newest.manifests[0].dtype, 100 * certificate.rounding_noise, suggestion,
@@ -192,25 +215,41 @@ def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
             f"{run.store.url} has complete snapshots up to t={run.complete[-1].t}; got t={t}. "
             f"{f'Incomplete: {later}. ' if later else ''}Leave t out to have the newest."
         )
-    stored = _averages(run, [s for s in run.complete if s.t <= t])
+    usable = [s for s in run.complete if s.t <= t]
+    stored, noise = _averages(run, usable), noise_of(run, usable, t)
     lost = [s for s in run.snapshots if s.problem and s.t <= t]
     profiles, aim = _profiles(run, stored), resolve(target, t - run.info.origin)
-    roundings = np.array([_rounding(s) for _, s in stored])
-    x, errors = profile.fit(profiles, [aim])
-    terms = _terms(run, zip(stored, x[:, 0].tolist(), strict=True))
-    error, noise = float(errors[0]), float(np.linalg.norm(x[:, 0] * roundings))
-    with_all = profile.fit(profiles + _profiles(run, _averages(run, lost)), [aim])[1] if lost else errors
+    times = _times(run) if run.info.imported else None
+    x, errors = _fit(profiles, [aim], times, noise)
+    terms, with_all = _terms(run, zip(stored, x[:, 0].tolist(), strict=True)), errors
+    if lost:
+        more = _profiles(run, _averages(run, lost))
+        with_all = _fit([*profiles, *more], [aim], times, noise and noise.with_more(len(more)))[1]
     certificate = replace(
         _certificate(terms),
-        profile_error=error,
+        profile_error=float(errors[0]),
         left_out=_problems(lost),
-        error_with_all=min(float(with_all[0]), error),
+        error_with_all=float(min(*with_all, *errors)),
         # A snapshot that is not finished is being written, if it is newer than all complete ones.
         ends_before=_problems(s for s in run.snapshots if end is None and s.t > t and not s.unfinished),
         bias_removed=target.beta ** (aim.t / target.every) if isinstance(target, ConstantBeta) else 0.0,
-        suggestion="" if _is_good(error, noise) else _suggestion(target, aim.t, profiles, roundings),
     )
+    if noise is not None:
+        off, movement = noise.judge(profiles, x, [aim])
+        certificate = replace(
+            certificate, parameter_error=float(off[0]), movement=float(movement[0]), noise_aware=noise.matters
+        )
+    if not certificate.good:
+        roundings = np.array([_rounding(s) for _, s in stored])
+        certificate = replace(certificate, suggestion=_suggestion(target, aim.t, profiles, roundings, times, noise))
     return Recipe(target, t, terms, newest, certificate)
+
+
+def _fit(
+    stored: Sequence[Stored], aims: Sequence[Profile], times: Array | None, noise: Noise | None
+) -> tuple[Array, Array]:
+    """Coefficients and profile errors. Runs of before noise was measured keep their recipes, and so their bits."""
+    return noise.fit(stored, aims) if noise and noise.matters else profile.fit(stored, aims, times)
 
 
 def _given(run: Run, target: Explicit) -> Recipe:
@@ -237,8 +276,14 @@ def _averages(run: Run, snapshots: Sequence[Snapshot]) -> list[tuple[float, Snap
     return [(sigma_rel, s) for sigma_rel in run.info.sigma_rels for s in snapshots]
 
 
-def _profiles(run: Run, averages: Sequence[tuple[float, Snapshot]]) -> list[PowerProfile]:
-    return [PowerProfile(sigma_rel, s.t - run.info.origin) for sigma_rel, s in averages]
+def _profiles(run: Run, averages: Sequence[tuple[float, Snapshot]]) -> Sequence[Stored]:
+    of = OneStepProfile if run.info.imported else PowerProfile
+    return [of(sigma_rel, s.t - run.info.origin) for sigma_rel, s in averages]
+
+
+def _times(run: Run) -> Array:
+    """Of all updates, counted from the origin."""
+    return UpdateHistory(run.complete[-1].manifests[0].updates).times()
 
 
 def _terms(run: Run, factors: Iterable[tuple[tuple[float, Snapshot], float]]) -> tuple[Term, ...]:
@@ -262,7 +307,7 @@ def _certificate(terms: Sequence[Term]) -> Certificate:
 
 def _with_recorded_errors(run: Run, recipes: Sequence[Recipe]) -> list[Recipe]:
     """All at once: a stored average's share of each of many updates is worked out for all targets that use it."""
-    updates = UpdateHistory(run.complete[-1].manifests[0].updates).times()
+    updates = _times(run)
     stored = _averages(run, run.complete)
     rows = {(sigma_rel, s.folder): row for row, (sigma_rel, s) in enumerate(stored)}
     found, aims = list(recipes), {}
@@ -279,7 +324,9 @@ def _with_recorded_errors(run: Run, recipes: Sequence[Recipe]) -> list[Recipe]:
     return found
 
 
-def _suggestion(target: Shape, t: float, profiles: Sequence[PowerProfile], roundings: Array) -> str:
+def _suggestion(
+    target: Shape, t: float, profiles: Sequence[Stored], roundings: Array, times: Array | None, noise: Noise | None
+) -> str:
     """The nearest target of the same family and end that is good, in words; "" if there is none."""
     near, aims = [], []
     for other in neighbours(target, t, {p.t for p in profiles}):
@@ -290,10 +337,14 @@ def _suggestion(target: Shape, t: float, profiles: Sequence[PowerProfile], round
             continue
     if not near:
         return ""
-    x, errors = profile.fit(profiles, aims)
+    x, errors = _fit(profiles, aims, times, noise)
+    if noise and noise.matters:
+        off, movements = noise.judge(profiles, x, aims)
+        good = np.flatnonzero(off <= GOOD_SHARE * movements)
+        return f"{near[good[0]]} would be good ({off[good[0]]:.2%} of {movements[good[0]]:.2%})" if len(good) else ""
     noises = np.linalg.norm(x * roundings[:, None], axis=0)
-    for other, error, noise in zip(near, errors.tolist(), noises.tolist(), strict=True):
-        if _is_good(error, noise):
+    for other, error, rounding in zip(near, errors.tolist(), noises.tolist(), strict=True):
+        if _is_good(error, rounding):
             return f"{other} would be good (error {error:.1%})"
     return ""
 

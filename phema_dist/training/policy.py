@@ -16,6 +16,7 @@ from phema_dist.errors import StorageError, SupersededError
 from phema_dist.storage import run as runs
 from phema_dist.storage.gc import dead_puts, left_behind, not_kept, partials
 from phema_dist.storage.manifest import Attempt, attempt_key
+from phema_dist.storage.pins import pinned
 
 if TYPE_CHECKING:
     from phema_dist.storage.store import Store
@@ -36,6 +37,7 @@ class Place:
     origin: int
     max_checkpoints: int
     checkpoint_every: int
+    retention: str = "best"
 
     def warn(self, t: int, text: str) -> None:
         """Log what went wrong at t."""
@@ -113,11 +115,13 @@ def tidy(place: Place, t: int, known: runs.Known, told: set[int], swept: set[int
     run = runs.open_run(place.store, known)
     check_not_superseded(place, run)
     _tell_incomplete(place, run, t, told)
-    unwanted = {s.folder: s for s in (*partials(run), *left_behind(run), *not_kept(run, place.max_checkpoints, t))}
-    for number, folder in enumerate(unwanted):
+    surplus = not_kept(run, place.max_checkpoints, t, place.retention)
+    unwanted = {s.folder: s for s in (*partials(run), *left_behind(run), *surplus)}
+    for number, (folder, snapshot) in enumerate(unwanted.items()):
         if number:  # the others took their time
             check_not_superseded(place)
-        runs.delete_snapshot(place.store, folder)
+        if snapshot.t not in pinned(place.store):  # since we looked
+            runs.delete_snapshot(place.store, folder)
     newest = run.newest()
     if newest is not None:
         kept = (s for s in run.complete if s.t < newest.t and s.folder not in unwanted)

@@ -228,7 +228,7 @@ def begin(
     session.start(
         Place(
             store, attempt, ranks.rank, found.info.sigma_rels, found.info.origin,
-            settings.max_checkpoints, settings.checkpoint_every,
+            settings.max_checkpoints, settings.checkpoint_every, settings.retention,
         )
     )  # fmt: skip
     return session

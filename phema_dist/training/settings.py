@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phema_dist.errors import SettingsError
 from phema_dist.profile import sigma_rel_to_gamma
+from phema_dist.schedule import check_retention
+
+if TYPE_CHECKING:
+    from phema_dist.prediction import Plan
 
 DEFAULT_SIGMA_RELS = (0.05, 0.28)
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLANNED_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Settings:
     on_busy: str = "wait"  # or "skip"
     drain_on_sigterm: bool = False
     prefix: str = ""  # this rank's own
+    retention: str = "best"  # or "last"
 
     def __post_init__(self) -> None:
         least = {"max_checkpoints": 1, "update_every": 1, "checkpoint_every": 1, "update_after_step": 0}
@@ -40,6 +47,7 @@ class Settings:
         for name, known in (("on_error", ("warn", "raise")), ("on_busy", ("wait", "skip"))):
             if (choice := getattr(self, name)) not in known:
                 raise SettingsError(f"{name} must be one of {known}; got {choice!r}.")
+        check_retention(self.retention)
         if not isinstance(self.drain_on_sigterm, bool):
             raise SettingsError(f"drain_on_sigterm must be True or False; got {self.drain_on_sigterm!r}.")
         if self.sigma_rels is not None:
@@ -50,6 +58,31 @@ class Settings:
         if self.checkpoint_dtype not in {None, *_STORED_DTYPES}:
             names = ", ".join(map(str, _STORED_DTYPES))
             raise SettingsError(f"checkpoint_dtype must be None or one of {names}; got {self.checkpoint_dtype}.")
+
+
+def planned(settings: Settings, plan: Plan | None) -> Settings:
+    """The settings with what a plan says; what is still the default counts as not chosen.
+
+    Raises:
+        SettingsError: something was chosen that is not the plan's; names it.
+    """
+    if plan is None:
+        return settings
+    wanted: dict[str, Any] = {
+        "max_checkpoints": plan.max_checkpoints,
+        "sigma_rels": plan.sigma_rels,
+        "update_every": plan.update_every,
+        "checkpoint_every": plan.checkpoint_every,
+        "checkpoint_dtype": _PLANNED_DTYPES[plan.checkpoint_dtype],
+    }
+    defaults = {field.name: field.default for field in fields(Settings)}
+    for name, value in wanted.items():
+        given = getattr(settings, name)
+        same = sorted(given) == sorted(plan.sigma_rels) if name == "sigma_rels" and given else given == value
+        same = same or (name == "checkpoint_dtype" and {given, value} == {None, torch.float32})
+        if not same and given != defaults[name]:
+            raise SettingsError(f"{name} must be the plan's, {value}, or be left out; got {given}.")
+    return replace(settings, **wanted)
 
 
 def integer(t: int) -> int:

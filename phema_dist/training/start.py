@@ -47,6 +47,11 @@ def look(store: Store, ownership: Ownership, settings: Settings, *, resume: bool
     run = runs.find_run(store)
     if run is None:
         return Found(wanted, is_new=True, parent=None, next_attempt=0)
+    if run.info.imported:
+        raise RunError(
+            f"{store.url} was imported from {run.info.imported.library}, whose averages have other profiles: it can be "
+            "read, and nothing can go on with it. Choose another checkpoint_dir; both runs can be synthesized from."
+        )
     newest = run.newest()
     if resume is False:
         state = f"its newest complete snapshot is t={newest.t}" if newest else "without a complete snapshot so far"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
+
+from phema_dist.storage.manifest import Measured
 
 Status = dict[str, int | float | str | None]
 
@@ -45,3 +49,13 @@ def describe(counts: Counts, t: int = 0, lag: int = 0, stopped: str | None = Non
         "last_complete_snapshot": counts.last_complete,
         "last_error": stopped or counts.last_error,
     }
+
+
+def measured(counts: Counts, lag: int, numel: int, squares: float, moved: float) -> Measured | None:
+    """What a manifest says of this moment, with what `Tracker.measure` found; None if that is beyond any document."""
+    if not math.isfinite(squares + moved):
+        return None
+    return Measured(
+        time.time(), numel, squares, moved, lag, counts.stall_seconds, counts.updates_skipped, counts.updates_refused,
+        counts.skipped, counts.failed,
+    )  # fmt: skip

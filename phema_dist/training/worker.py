@@ -39,6 +39,11 @@ class Worker(Generic[Job]):
         return len(self._jobs)
 
     @property
+    def pending(self) -> list[Job]:
+        """The jobs that are queued or being handled, the oldest first."""
+        return list(self._jobs.copy())  # one step: no thread changes it meanwhile
+
+    @property
     def works(self) -> bool:
         """Whether jobs are being handled; not after an error, after `stop`, nor in a forked child."""
         return self._error is None and not self._stopping and self._thread.is_alive()

@@ -26,7 +26,7 @@ from phema_dist.training import ends
 from phema_dist.training.buffers import SnapshotBuffers
 from phema_dist.training.policy import Grid, Place
 from phema_dist.training.staging import NUM_SLOTS, Staging
-from phema_dist.training.status import Counts, Status, describe
+from phema_dist.training.status import Counts, Status, describe, measured
 from phema_dist.training.storing import Storing
 from phema_dist.training.worker import Worker
 
@@ -94,6 +94,18 @@ class Writer:
     def is_busy(self) -> bool:
         """Whether an update would have to wait: the last two are still being taken in."""
         return self._averages.works and self._averages.num_pending >= NUM_SLOTS
+
+    def has_taken(self, t: int, num_skipped: int) -> bool:
+        """Whether a snapshot at t is on its way, or the last one whose part this rank has stored.
+
+        Such a one is not deleted: none after it is complete. One on its way may still be skipped, or lost, which is
+        told then. `num_skipped` are the rounds of `attach`, of those that t counts, that were none by now.
+        """
+        if self._ended is None:  # else its queue is dropped
+            for update in self._averages.pending:
+                if update.snapshot and update.t - num_skipped * update.counted <= t <= update.t:
+                    return True
+        return 0 < t == self._snapshot_t and bool(self._storage.num_pending or self._storing.unstored is None)
 
     def status(self, t: int) -> Status:
         """How it fares, at this t of the clock; never waits."""
@@ -287,6 +299,7 @@ class Writer:
             FORMAT, update.t, place.attempt.number, place.attempt.token, place.rank, place.attempt.world_size,
             update.calls, self._tracker.history.knots if place.rank == 0 else (), self._dtype, BLOCK_BYTES,
             files=(), refused=refused,
+            measured=measured(self.counts, self._averages.num_pending, *self._tracker.measure()),
         )  # fmt: skip
         self._storage.submit(manifest)
 

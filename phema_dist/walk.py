@@ -1,0 +1,68 @@
+"""What an error of a profile does to parameters, if they move like a random walk.
+
+Model: in the time w_j before update j, each element of the parameters moves by an independent increment of variance
+v w_j. An average holds a share S_j of that increment: the mass that its profile has from update j on. So two averages
+with shares S and Q differ by v sum_j w_j (S_j - Q_j)^2, mean square over the elements; for dense updates that is v
+times the integral of (P - Q)^2, where P and Q are the cumulated profiles: for two power profiles with a = gamma + 1 and
+b that end at t, 2 (a - b)^2 t / ((2a + 1) (2b + 1) (a + b + 1)). A synthesis errs by v sum_j w_j R_j^2, where
+R = sum_i x_i S_i - S_target, and by the rounding of what is stored, sum_i x_i^2 s_i^2. Pure float64 arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from phema_dist.profile import Array, Profile, Stored, constrained_least_squares
+
+_MOST_TIMES = 4096  # about 40 in the shortest average that people want, 0.01 of a run
+
+
+def thinned(times: Array) -> Array:
+    """At most `_MOST_TIMES` of the times of all updates, evenly chosen, with the last: as if there were no others."""
+    return times[:: -math.ceil(len(times) / _MOST_TIMES)][::-1] if len(times) else times
+
+
+def shares(profiles: Sequence[Stored], times: Array) -> Array:
+    """The share [n, times] that each average has of the increment before each time."""
+    masses = np.array([p.masses(times) for p in profiles]).reshape(len(profiles), len(times))
+    found: Array = np.cumsum(masses[:, ::-1], axis=1)[:, ::-1]
+    return found
+
+
+def variance(moved: float, first: Stored, last: Stored, times: Array) -> float | None:
+    """v, if the averages of two profiles differ by `moved`, mean square; None if they do not tell."""
+    first_shares, last_shares = shares([first, last], times)
+    expected = float(np.sum(np.diff(times, prepend=0.0) * (first_shares - last_shares) ** 2))
+    return moved / expected if moved > 0 and expected > 0 else None
+
+
+def fit(stored: Sequence[Stored], targets: Sequence[Profile], times: Array, ridge: Array) -> Array:
+    """Coefficients [n, m] that minimise the expected error of the parameters, with sum one.
+
+    It is the noise-aware counterpart of `profile.fit`: V |profile error|^2 + |s x|^2, where V is no number, but v times
+    the square of the integral, because parameters are changed by what a profile lacks over a while and not by how it
+    ripples between snapshots. A number V, even the best one for each target with hindsight, was worse for every 16-bit
+    average that benchmarks/noise.py solves for.
+
+    Args:
+        stored: Profiles of the stored averages.
+        targets: What is wanted of them.
+        times: Times of updates.
+        ridge: [n], mean square s^2 of the rounding of each stored average, by v.
+    """
+    root = np.sqrt(np.diff(times, prepend=0.0))
+    have, wanted = shares(stored, times) * root, shares(targets, times) * root
+    return constrained_least_squares(have @ have.T + np.diag(ridge), np.stack([have @ row for row in wanted], axis=1))
+
+
+def expected_errors(
+    stored: Sequence[Stored], x: Array, targets: Sequence[Profile], times: Array
+) -> tuple[Array, Array]:
+    """Mean squares [m] by v: what a synthesis x [n, m] errs by, and what its target differs from the parameters by."""
+    widths, wanted = np.diff(times, prepend=0.0), shares(targets, times)
+    begun = np.array([[target.t] for target in targets]) > times - widths
+    residual = x.T @ shares(stored, times) - wanted
+    return np.sum(widths * residual**2, axis=1), np.sum(widths * (begun - wanted) ** 2, axis=1)
