@@ -500,11 +500,13 @@ def _report(pipe: Connection, function: Callable[..., Any], *args: Any) -> None:
 
 def _train_until(url: str, options: Options, stop: Path, pause: float) -> int:
     """Train on two ranks, a snapshot every 20 steps, until a file is there; returns the last t."""
-    ended = multiprocessing.get_context("fork").Value("i", 0)
+    fork_context = multiprocessing.get_context("fork")
+    ended, reached = fork_context.Value("i", 0), fork_context.Array("i", 2)
 
     def before_step(t: int) -> bool:
+        reached[dist.get_rank()] = t  # nothing else keeps the ranks together
         if t and dist.get_rank() == 0 and stop.exists() and not ended.value:
-            ended.value = t + 20  # far enough ahead for the other rank
+            ended.value = max(reached) + 20  # far enough ahead for the other rank
         return 0 < ended.value < t
 
     job = Job(url, options, 100_000, checkpoint_every=20, max_checkpoints=100_000, pause=pause, before_step=before_step)

@@ -197,8 +197,10 @@ def _summary(path: Path, facts: Mapping[str, Any], num_files: int, num_kept: int
     certificate = facts["certificate"]
     files = f" in {num_files} files" if num_files > 1 else ""
     kept = f"; {num_kept} of them were there already" if num_kept else ""
+    off, movement = (certificate.get(name) for name in ("parameter_error", "movement"))  # shards may be older
+    expected = "" if off is None else f", parameter error {100 * off:.2g}% of a movement of {100 * movement:.2g}%"
     return (
         f"{path}: {facts['target']} at t={facts['t']}{files}, from snapshots: {certificate['num_snapshots']}, "
         f"profile error {certificate['profile_error']:.2%}, rounding noise {certificate['rounding_noise']:.2%}"
-        f"{'; it was there already' if num_kept == num_files else kept}"
+        f"{expected}{'; it was there already' if num_kept == num_files else kept}"
     )

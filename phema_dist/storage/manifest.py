@@ -144,7 +144,7 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rank saw when it took a snapshot: of its own averages, and of its job since this attempt began.
+    """What a rank saw when it took a snapshot: of its own averages, and of its job since it began.
 
     `squares` sums the squares of the float32 averages of the first tracked profile that this rank stores, `numel` of
     them; `moved` those of their differences to the averages of the last one (0 if only one is tracked): how far
