@@ -421,6 +421,7 @@ def test_the_example_in_the_help_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["import", "--help"])
     example = " ".join(capsys.readouterr().out.split()).partition("example: phema ")[2].split()
-    assert main([str(tmp_path / word) if word in {"posthoc-ema", "runs/old"} and example[i - 1] != "--from" else word
-                 for i, word in enumerate(example)]) == 0  # fmt: skip
+    ours = {"posthoc-ema", "runs/old"}
+    folders = [i for i, word in enumerate(example) if word in ours and example[i - 1] != "--from"]
+    assert main([str(tmp_path / word) if i in folders else word for i, word in enumerate(example)]) == 0
     assert len(open_run(open_store(tmp_path / "runs/old")).complete) == 3

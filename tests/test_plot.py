@@ -266,7 +266,12 @@ def stems(axes: Axes) -> dict[float, float]:
     """The coefficients drawn, by t; each is a stem from 0 with a dot at its end."""
     (lines,) = axes.collections
     found = {float(top[0]): float(top[1]) for bottom, top in lines.get_segments() if bottom[1] == 0}  # type: ignore[attr-defined]
-    dots = {(float(x), float(y)) for line in axes.lines if line.get_linestyle() == "None" for x, y in zip(*line.get_data(), strict=True)}  # fmt: skip  # noqa: E501
+    dots = {
+        (float(x), float(y))
+        for line in axes.lines
+        if line.get_linestyle() == "None"
+        for x, y in zip(*line.get_data(), strict=True)
+    }
     assert dots == set(found.items())
     return found
 
@@ -373,7 +378,9 @@ def test_snapshots_are_drawn_by_attempt_and_state(run: Run) -> None:
 
 
 def test_a_run_that_measured_nothing_says_so(run: Run) -> None:
-    bare = replace(run, snapshots=tuple(replace(s, manifests=(replace(s.manifests[0], measured=None),)) for s in run.snapshots))  # fmt: skip  # noqa: E501
+    bare = replace(
+        run, snapshots=tuple(replace(s, manifests=(replace(s.manifests[0], measured=None),)) for s in run.snapshots)
+    )
     figure = timeline_figure(bare)
     assert len(figure.axes) == 1
     assert "lag, stalls and wall time were not recorded" in figure.get_suptitle()
@@ -448,7 +455,9 @@ def test_the_picture_of_a_run_is_still_an_image(run: Run, tmp_path: Path) -> Non
         assert ema.reconstruction_error((0.1, 0.2)).mode == "RGB"
 
 
-@pytest.mark.parametrize(("suffix", "head"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("PNG", b"\x89PNG"), ("pdf", b"%PDF")])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    ("suffix", "head"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("PNG", b"\x89PNG"), ("pdf", b"%PDF")]
+)
 def test_the_suffix_says_which_file_is_written(suffix: str, head: bytes, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"picture.{suffix}"
     save_figure(reconstruction_error_figure(TS, PAIR), path)
@@ -556,7 +565,9 @@ def test_a_run_that_cannot_be_drawn_is_named(run: Run, tmp_path: Path, capsys: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_example_of_the_help_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip  # noqa: E501
+def test_the_example_of_the_help_runs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["plot", "--help"])
     example = " ".join(capsys.readouterr().out.split()).rpartition("example: phema ")[2]
