@@ -319,6 +319,7 @@ def kill_loops(url: str, options: Options, loops: int, seed: int, loops_per_run:
             assert statuses(pids) == [0, 0], f"{place}: a job that nobody kills does not end well"
         before = forked(verified, place, options, before)
         assert max(map(_t_of, before)) == last
+        num_verified += len(before)
     return Kills(loops, num_verified, num_empty)
 
 

@@ -343,6 +343,7 @@ def serve() -> None:
     """Fork a process per line of stdin: [folder, job, arguments]; tell its pid. [pid]: tell how it ended."""
     import s3fs  # noqa: F401, PLC0415  once, not in each process
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever starts tests in the background has ignored
     gc.freeze()  # or each process takes a second to collect all of torch when it ends
     for line in sys.stdin:
         order = json.loads(line)

@@ -714,8 +714,9 @@ def test_an_odd_answer_is_no_settings_error_once_the_store_has_worked(
     s3_url: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, options = s3_url
-    store, new = (open_store(url, options | {"client": "s3fs"}, deadline_seconds=0.5) for _ in range(2))
+    store, new = (open_store(url, options | {"client": "s3fs"}) for _ in range(2))
     store.put("a", b"1")
+    store.deadline_seconds = new.deadline_seconds = 0.5
 
     async def stumble(*_: object, **__: object) -> None:
         raise KeyError("ETag")
