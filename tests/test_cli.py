@@ -261,3 +261,9 @@ def test_an_average_beyond_the_dtype_of_the_file_is_refused_by_name(
     assert "weight exceeds the range of float16" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
     assert main([*arguments, "bf16"]) == 0
+
+
+def test_gc_refuses_a_retention_of_nothing(local_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["gc", str(local_run), "--retention", "last"])
+    assert "--retention says which snapshots --keep N keeps" in capsys.readouterr().err

@@ -40,13 +40,14 @@ def add(commands: Commands) -> None:
     add_run(removing)
     removing.add_argument("--abandoned", action="store_true", help="all snapshots that were given up (hidden in ls)")
     removing.add_argument(
-        "--keep", type=int, metavar="N", help="of complete snapshots the N that serve all lengths best"
+        "--keep",
+        type=int,
+        metavar="N",
+        help="of complete snapshots the N that serve all lengths best, pinned ones included",
     )
-    removing.add_argument(
-        "--retention", choices=("best", "last"), default="best", help="with --keep: last keeps the newest N instead"
-    )
+    removing.add_argument("--retention", choices=("best", "last"), help="with --keep: last keeps the newest N instead")
     removing.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
-    removing.set_defaults(command=_gc)
+    removing.set_defaults(command=_gc, usage_error=removing.error)
 
     pinning = commands.add_parser(
         "pin", help="keep a snapshot for ever", epilog="example: phema pin s3://bucket/run --t 20",
@@ -85,11 +86,13 @@ def _gc(arguments: argparse.Namespace) -> None:
     from phema_dist import report  # noqa: PLC0415
     from phema_dist.storage.gc import collect_garbage  # noqa: PLC0415
 
+    if arguments.retention and not arguments.keep:
+        arguments.usage_error("--retention says which snapshots --keep N keeps: give that, too")
     store, removed = opened(arguments), []
     for garbage in collect_garbage(
         store,
         keep=arguments.keep,
-        retention=arguments.retention,
+        retention=arguments.retention or "best",
         abandoned=arguments.abandoned,
         dry_run=arguments.dry_run,
     ):
