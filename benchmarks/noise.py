@@ -110,7 +110,7 @@ def report(folder: Path, last: Array) -> None:
 
             plain = fit(profiles, [aim])[0]
             gram, cross = inner_products(profiles, profiles), inner_products(profiles, [aim])
-            ridges = [np.diag(noise.roundings**2 / noise.variance / aim.t / factor) for factor in FACTORS]
+            ridges = [np.diag(noise.roundings**2 / noise.steps.sum() / factor) for factor in FACTORS]
             best = min(off(constrained_least_squares(gram * aim.t + ridge, cross * aim.t)[:, 0]) for ridge in ridges)
             (recipe,) = plan(run, [target])
             chosen = np.zeros(len(profiles))

@@ -46,6 +46,7 @@ from phema_dist.storage.snapshot import (
     make_images,
     write_snapshot,
 )
+from phema_dist.storage.store import LocalStore
 
 if TYPE_CHECKING:
     from phema_dist.storage.store import Store
@@ -109,10 +110,13 @@ def copy_folder(folder: Folder, store: Store) -> Iterator[Copied]:
     A snapshot's t is that of its last update, which may be a few calls before the step in the file's name.
 
     Raises:
-        SnapshotError: a file is missing, foreign, unreadable, or holds other tensors than the rest; names it.
+        SnapshotError: a file is missing, foreign, unreadable, or holds other tensors than the rest; names it. Or none
+            is finite.
+        SettingsError: the store is in the folder.
         RunError: the store holds another run.
         StorageError: it cannot be written.
     """
+    _check_outside(folder, store)
     files = _find(folder)
     tensors = _look(folder, files)
     first = _first_call(folder, files)
@@ -123,6 +127,7 @@ def copy_folder(folder: Folder, store: Store) -> Iterator[Copied]:
     )  # fmt: skip
     run = runs.find_run(store)
     if run is None:
+        _check_some_finite(folder, files, tensors)
         runs.create_run(store, info)
         run = runs.open_run(store)
     _check_same(store, run.info, info)
@@ -214,6 +219,8 @@ def _look(folder: Folder, files: Files) -> dict[str, TensorFacts]:
                 f"{path} must hold the same tensors as {where.name}; {odd[0]} is {_said(here, odd[0])} instead of "
                 f"{_said(tensors, odd[0])}. Is it of another model? Move it elsewhere."
             )
+    if not any(facts.kind == PARAMETER for facts in tensors.values()):
+        raise SnapshotError(f"{where} must hold at least one average, of floats; found none. Is it the right folder?")
     return tensors
 
 
@@ -248,12 +255,26 @@ def _load(path: Path) -> Mapping[str, object]:
 
 
 def _facts(path: Path, fqn: str, tensor: torch.Tensor) -> TensorFacts:
-    if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
-        raise SnapshotError(f"{path}: {fqn} is a {tensor.layout} tensor of {tensor.dtype}, which a run cannot store.")
+    if not _is_plain(tensor) or tensor.dtype not in DTYPE_NAMES:
+        kind = "nested" if tensor.is_nested else f"{tensor.layout} {tensor.device.type}"
+        raise SnapshotError(
+            f"{path}: {fqn} must be a dense CPU tensor, all of it in the file; it is a {kind} tensor of "
+            f"{tensor.dtype}, which a run cannot store. Move the file elsewhere."
+        )
     if fqn.rpartition(".")[2] == _COUNTER:
         return TensorFacts(tuple(tensor.shape), "I64", BUFFER)
     kind = PARAMETER if tensor.dtype in AVERAGE_DTYPES else BUFFER
     return TensorFacts(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], kind)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is dense, on the CPU, and no larger than what is stored of it, as an expanded one is."""
+    return (
+        not tensor.is_nested
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _said(tensors: Mapping[str, TensorFacts], fqn: str) -> str:
@@ -266,9 +287,13 @@ def _first_call(folder: Folder, files: Files) -> int:
     A 16-bit checkpoint_dtype has rounded that count: then what is said, or the library's default, need only fit.
     """
     counts = {path: _load(path)["step"] for paths in files.values() for path in paths}
-    odd = [path for path, count in counts.items() if not isinstance(count, torch.Tensor) or count.numel() != 1]
+    odd = [
+        path
+        for path, count in counts.items()
+        if not isinstance(count, torch.Tensor) or not _is_plain(count) or count.numel() != 1 or count.is_complex()
+    ]
     if odd:
-        raise SnapshotError(f"{odd[0]} must hold the library's count of steps, one number.")
+        raise SnapshotError(f"{odd[0]} must hold the library's count of steps, one number. Move it elsewhere.")
     by_path = {path: count for path, count in counts.items() if isinstance(count, torch.Tensor)}
     step, earliest = min((step, paths[0]) for step, paths in files.items())
     count = by_path[earliest]
@@ -292,6 +317,25 @@ def _first_call(folder: Folder, files: Files) -> int:
                     "training was continued in this folder, move the files of its earlier part elsewhere."
                 )
     return first
+
+
+def _check_outside(folder: Folder, store: Store) -> None:
+    """Raise SettingsError if the run would lie in the folder."""
+    if isinstance(store, LocalStore):
+        out, inside = Path(store.url).resolve(), folder.path.resolve()
+        if inside == out or inside in out.parents:
+            raise SettingsError(f"{out} must not be in {folder.path}, which stays as it is. Choose another --out.")
+
+
+def _check_some_finite(folder: Folder, files: Files, tensors: Mapping[str, TensorFacts]) -> None:
+    """Raise SnapshotError if no step can come over. Mostly the first one can, and no other is read."""
+    bad: str | None = None
+    for step in sorted(files):
+        if (bad := next(_not_finite(folder, files[step], tensors), None)) is None:
+            return
+    raise SnapshotError(
+        f"{folder.path} must have a step whose averages are all finite; it has none, as {bad}. Did training diverge?"
+    )
 
 
 def _check_same(store: Store, found: RunInfo, wanted: RunInfo) -> None:

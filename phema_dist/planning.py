@@ -23,6 +23,8 @@ _SEARCH_SNAPSHOTS = 20  # the best sigma_rels hardly depend on the number of sna
 _SEARCH_TARGETS = 16
 _GOOD_NORM = 4.0  # of coefficients: above that they amplify rounding for an exactness that nobody needs
 _INNER, _OUTER, _REACH = 7, 2, 1.25  # sigma_rels tried: in the range, and beyond each end, in such steps
+_SHORTEST = 1e-3  # below that the search takes minutes, and no number of snapshots is good
+_MOST_CALLS, _MOST_STEPS = 10**9, 2**53  # what can be followed in seconds, and counted exactly in float64
 _UPDATES_PER_AVERAGE = 500  # that the shortest average should hold at the end
 _LARGEST_UPDATE_EVERY = 10  # the default of from_model
 
@@ -210,6 +212,11 @@ def _check(
     if max_checkpoints == 1:
         raise SettingsError("max_checkpoints must be at least 2; one snapshot makes only what is tracked. Got 1.")
     calls = steps // t_per_call
+    if steps > _MOST_STEPS or calls > _MOST_CALLS:
+        raise SettingsError(
+            f"a run must have at most 2**53 steps and 10**9 calls of update_; steps={steps} at {t_per_call} a call are "
+            f"{calls}. Give a shorter one: a plan for it serves a longer run of as many snapshots as well."
+        )
     least = max(update_every or 1, checkpoint_every or 1, 2)
     if calls < least:
         raise SettingsError(
@@ -222,6 +229,10 @@ def _check_range(sigma_rel_range: tuple[float, float]) -> None:
     low, high = sigma_rel_range
     for end in (low, high):
         profile.sigma_rel_to_gamma(end)
+    if low < _SHORTEST:
+        raise ProfileError(
+            f"sigma_rel_range must begin at {_SHORTEST} or above; got {low}. For less, keep single snapshots."
+        )
     if not low < high:
         raise ProfileError(
             f"sigma_rel_range must be a lower and a higher sigma_rel; got {low} and {high}. A single one needs no "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from phema_dist.profile import Array, PowerProfile
 HALF_ULP = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # as in storage.snapshot, which needs torch
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-_NUM_TARGETS = 24  # over the range wanted: errors vary smoothly between the tracked sigma_rels
-_NUM_STOPS = 64  # in the second half of the run, where what is kept changes in an irregular way
+_TARGETS_IN_GAP = 24  # between neighbouring tracked sigma_rels: errors are 0 at these, with narrow bumps beside them
+_NUM_STOPS = 32  # snapshots in the second half of the run, where what is kept changes in an irregular way
 _STAGED_BYTES = 4  # of an element of the model in host memory, at most
 _AVERAGED_BYTES = 4
 
@@ -32,7 +33,8 @@ class Plan:
     fp32, fp16 or bf16. `ts` are the times of the snapshots that are there at the end.
 
     Errors are those of averaging profiles, relative, against averages that are tracked directly with the same updates:
-    over `sigma_rel_range` at the end, and the worst of `stop_error` if the run is stopped anywhere in its second half.
+    over `sigma_rel_range` at the end, and the worst of `stop_error` if the run is stopped anywhere in its second half,
+    at a snapshot or between two, where `close` takes another.
     `rounding_noise` is the expected relative change of a parameter by the rounding of what is stored, at its worst.
     """
 
@@ -123,20 +125,16 @@ def predict(settings: Plan) -> Plan:
     spacing = settings.checkpoint_every * settings.t_per_call
     taken = sorted({*range(spacing, settings.steps + 1, spacing), int(times[-1])})
     kept = list(_kept(taken, settings.sigma_rels, settings.max_checkpoints))
-    late = [ts for ts in kept if 2 * ts[-1] >= settings.steps]
-    if len(taken) > settings.max_checkpoints:
-        stops = [late[int(i)] for i in np.linspace(0, len(late) - 1, _NUM_STOPS)]
-        targets = np.geomspace(*settings.sigma_rel_range, _NUM_TARGETS)
-        stop = max(stops, key=lambda ts: schedule.reconstruction_errors(ts, settings.sigma_rels, targets).max())
-    else:
-        stop = late[0]  # snapshots that are all kept only grow in number
+    targets = _targets(settings)
+    stops = _stops(settings, kept, times)
+    stop = max(stops, key=lambda ts: schedule.reconstruction_errors(ts, settings.sigma_rels, targets).max())
     errors, noise = _errors(settings, kept[-1], times)
     return replace(
         settings,
         ts=kept[-1],
         num_updates=len(times),
         worst_error=float(errors.max()),
-        mean_error=float(errors.mean()),
+        mean_error=_mean(errors, np.log(targets)),
         stop_error=float(max(errors.max(), _errors(settings, stop, times)[0].max())),
         rounding_noise=noise,
     )
@@ -145,11 +143,42 @@ def predict(settings: Plan) -> Plan:
 def _errors(settings: Plan, ts: Sequence[int], times: Array) -> tuple[Array, float]:
     """Errors over the range at the last of the snapshots `ts`, against recorded updates, and the rounding noise."""
     stored = [PowerProfile(sigma_rel, t) for sigma_rel in settings.sigma_rels for t in ts]
-    targets = [PowerProfile(float(s), ts[-1]) for s in np.geomspace(*settings.sigma_rel_range, _NUM_TARGETS)]
+    targets = [PowerProfile(float(s), ts[-1]) for s in _targets(settings)]
     x, _ = profile.fit(stored, targets)
     errors = profile.recorded_errors(stored, x, targets, times)
     rounding = HALF_ULP[settings.checkpoint_dtype] / math.sqrt(3)  # it lies evenly between 0 and half a unit
     return errors, float(np.linalg.norm(x, axis=0).max()) * rounding
+
+
+def _targets(settings: Plan) -> Array:
+    """The range wanted, increasing: from each tracked sigma_rel or end to the next, finest beside these."""
+    low, high = settings.sigma_rel_range
+    knots = [low, *sorted(s for s in settings.sigma_rels if low < s < high), high]
+    shares = (1 - np.cos(np.linspace(0, math.pi, _TARGETS_IN_GAP + 1, endpoint=False))) / 2
+    return np.concatenate([*(a * (b / a) ** shares for a, b in pairwise(knots)), [high]])
+
+
+def _mean(errors: Array, places: Array) -> float:
+    """The mean of errors over places that need not be evenly spaced."""
+    return float(np.average((errors[1:] + errors[:-1]) / 2, weights=np.diff(places)))
+
+
+def _stops(settings: Plan, kept: Sequence[tuple[int, ...]], times: Array) -> Iterator[tuple[int, ...]]:
+    """What is there if the run is stopped in its second half: at a snapshot, right after it and halfway to the next."""
+    half = settings.steps / 2
+    first = max(sum(ts[-1] < half for ts in kept) - 1, 0)  # the last one in the first half, for the stops after it
+    if len(kept) > settings.max_checkpoints:
+        chosen = sorted({int(i) for i in np.linspace(first, len(kept) - 1, _NUM_STOPS)})
+    else:
+        chosen = list(range(first, min(first + 2, len(kept))))  # snapshots that are all kept only grow in number
+    for i in chosen:
+        if kept[i][-1] >= half:
+            yield kept[i]
+        between = times[(times > kept[i][-1]) & (times >= half)]
+        if i + 1 < len(kept):
+            between = between[between < kept[i + 1][-1]]
+        for t in {int(t) for t in between[[0, len(between) // 2]]} if len(between) else ():
+            yield schedule.snapshots_to_keep((*kept[i], t), settings.sigma_rels, settings.max_checkpoints)
 
 
 def _kept(taken: Sequence[int], sigma_rels: Sequence[float], most: int) -> Iterator[tuple[int, ...]]:

@@ -27,6 +27,7 @@ MAX_TARGET_SIGMA_REL = 0.28  # the longest average that retention cares for, unl
 _NUM_TARGETS = 24  # errors vary smoothly between the tracked sigma_rels
 _GOOD_ERROR = 0.02  # where evenly spread snapshots do better than this, retention aims at this
 _NORM = 32  # of the p-norm over the targets: near the largest one, and the others decide where that is the same
+_SHARE = 8  # of the surplus: one in so many is dropped at once
 _RIDGE = 1e-12  # added to a unit diagonal: bounds the condition, blurs relative errors below about 1e-6
 
 
@@ -90,6 +91,9 @@ def snapshots_to_keep(
 ) -> tuple[int, ...]:
     """Choose the snapshots to keep: while there are too many, drop the one whose loss hurts the worst targets least.
 
+    Where many are surplus, as when a run goes on with a smaller `max_checkpoints`, several are dropped at once, no two
+    of them neighbours.
+
     What a loss does to a target is the relative error it leaves at the newest t, measured by what as many evenly
     spread snapshots would leave there, but at least 0.02. Without that yardstick the targets far above any tracked
     sigma_rel, which are never good, would be served at the cost of the good ones: with (0.05, 0.10) tracked and 20
@@ -129,10 +133,24 @@ def snapshots_to_keep(
     problem = _least_squares_problem(kept, sigma_rels, targets)
     while len(kept) > max_checkpoints and not fixed >= set(kept):
         hurt = ((_errors_without_each(*problem, len(sigma_rels)) / yardstick) ** _NORM).sum(axis=1)
-        drop = int(np.argmin(np.where([t in fixed for t in kept], np.inf, hurt)))
-        del kept[drop]
-        problem = _without_snapshot(*problem, drop, len(sigma_rels))
+        hurt = np.where([t in fixed for t in kept], np.inf, hurt)
+        drops = _apart(hurt, 1 + (len(kept) - max_checkpoints - 1) // _SHARE)
+        kept = [t for i, t in enumerate(kept) if i not in drops]
+        problem = _without_snapshots(*problem, drops, len(sigma_rels))
     return tuple(kept)
+
+
+def _apart(hurt: Array, most: int) -> list[int]:
+    """Up to `most` of those whose loss hurts least, at least one, without neighbours: they stand in for each other."""
+    if most == 1:
+        return [int(np.argmin(hurt))]
+    chosen: set[int] = set()
+    for i in map(int, np.argsort(hurt, kind="stable")):
+        if len(chosen) == most or np.isinf(hurt[i]):
+            break
+        if not chosen & {i - 1, i + 1}:
+            chosen.add(i)
+    return sorted(chosen)
 
 
 @lru_cache(maxsize=8)  # asked for at each snapshot of a run
@@ -162,15 +180,15 @@ def _least_squares_problem(
     return inner_products(stored, stored), inner_products(stored, wanted), squared_norms
 
 
-def _without_snapshot(
+def _without_snapshots(
     gram: Array,
     cross: Array,
     squared_norms: Array,
-    snapshot: int,
+    snapshots: Sequence[int],
     num_profiles: int,
 ) -> tuple[Array, Array, Array]:
-    """The same problem without the rows of one snapshot."""
-    rows = slice(snapshot * num_profiles, (snapshot + 1) * num_profiles)
+    """The same problem without the rows of these snapshots."""
+    rows = (np.asarray(snapshots)[:, None] * num_profiles + np.arange(num_profiles)).ravel()
     return np.delete(np.delete(gram, rows, 0), rows, 1), np.delete(cross, rows, 0), squared_norms
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from phema_dist.errors import RunError, SettingsError
-from phema_dist.storage.document import parse_json
+from phema_dist.storage.document import one_line, parse_json
 from phema_dist.storage.manifest import AVERAGED_DTYPES, PARAMETER, RUN_KEY
+from phema_dist.storage.remote import without_credentials
 from phema_dist.storage.run import open_run
 from phema_dist.storage.store import open_store
 
@@ -29,15 +30,19 @@ def count_parameters(source: str, storage_options: Mapping[str, Any] | None = No
         SettingsError: it is none of these, or damaged.
         RunError, StorageError: it is a run that cannot be read.
     """
-    path = Path(source)
+    path, shown = Path(source), without_credentials(source)
     try:
         number = _count(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(f"{source} must be a checkpoint with a readable table of contents: {error}") from error
+    except Exception as error:  # a damaged pickle raises whatever it likes
+        why = one_line(without_credentials(f"{type(error).__name__}: {error}"))
+        raise SettingsError(
+            f"{shown} must be a checkpoint with a readable table of contents; got {why}. Give another copy, or the "
+            "number of parameters itself."
+        ) from error
     if number is None:
         number = _count_run(source, storage_options)
     if not number:
-        raise SettingsError(f"{source} must hold parameters to average, in a floating dtype; it has none.")
+        raise SettingsError(f"{shown} must hold parameters to average, in a floating dtype; it has none.")
     return number
 
 
@@ -47,7 +52,10 @@ def _count(path: Path) -> int | None:
         return _count_files([path])
     if path.name.endswith(".index.json"):
         index = parse_json(path.read_bytes())
-        return _count_files(path.parent / name for name in sorted(set(index["weight_map"].values())))
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise ValueError(f"{path.name} must have a weight_map of names to files")
+        return _count_files(path.parent / name for name in sorted(set(files.values())))
     if not path.is_dir() or (path / RUN_KEY).exists():
         return None
     if (path / ".metadata").exists():
@@ -90,7 +98,7 @@ def _count_run(source: str, storage_options: Mapping[str, Any] | None) -> int:
         run = open_run(open_store(source, storage_options))
     except RunError as error:
         raise SettingsError(
-            f"{source} must be a .safetensors file, a Hugging Face folder or index, a folder of "
+            f"{without_credentials(source)} must be a .safetensors file, a Hugging Face folder or index, a folder of "
             f"torch.distributed.checkpoint, or a run; {error}"
         ) from error
     return sum(math.prod(facts.shape) for facts in run.info.tensors.values() if facts.kind == PARAMETER)

@@ -65,6 +65,12 @@ def half_life_to_beta(half_life: float) -> float:
     return math.exp2(-1 / half_life)
 
 
+def check_t(t: float) -> None:
+    """Raise ProfileError unless t can be the length of a training."""
+    if not 0 < t < math.inf:
+        raise ProfileError(f"t must be positive and finite, the length of the training; got {t}.")
+
+
 def translate(sigma_rel: float, t: float | None = None) -> Translation:
     """Say an averaging length in all of these numbers.
 
@@ -73,14 +79,14 @@ def translate(sigma_rel: float, t: float | None = None) -> Translation:
         t: training time at which it is to be said in steps too, or in whatever t counts.
 
     Raises:
-        ProfileError: there is no such profile, or t is not positive.
+        ProfileError: there is no such profile, or t is not positive and finite.
     """
+    if t is not None:
+        check_t(t)
     gamma = sigma_rel_to_gamma(sigma_rel)
     fraction, age = sigma_rel_to_half_life(sigma_rel), 1 / (gamma + 2)
     if t is None:
         return Translation(sigma_rel, gamma, fraction, age)
-    if not 0 < t < math.inf:
-        raise ProfileError(f"t must be positive; got {t}.")
     try:
         beta = sigma_rel_to_beta(sigma_rel, t)
     except ProfileError:  # shorter than one update

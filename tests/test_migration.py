@@ -249,6 +249,52 @@ def test_foreign_missing_and_odd_files_are_refused_by_name(small: Folder, tmp_pa
     refused(r"1\.40\.pt must be a file of torch\.save, with tensors only")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_all_in_the_file_are_refused_before_there_is_a_run(small: Folder, tmp_path: Path) -> None:
+    paths = sorted(small.path.iterdir())
+    states = {path: torch.load(path, weights_only=True) for path in paths}
+
+    def refused(match: str, **changed: object) -> None:
+        for path, state in states.items():
+            mixed = {**state, **changed}
+            torch.save({name: value for name, value in mixed.items() if value is not None}, path)
+        with pytest.raises(SnapshotError, match=match):
+            copy(small, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    dense = "weight must be a dense CPU tensor, all of it in the file"
+    refused(dense, weight=torch.zeros(5, device="meta"))
+    refused(dense, weight=torch.ones(5).to_sparse())
+    refused(dense, weight=torch.zeros(1).as_strided((10**7, 10**5), (0, 0)))
+    refused("dense CPU tensor|must be a file of torch.save", weight=torch.nested.nested_tensor([torch.ones(5)]))
+    refused("count of steps, one number", step=torch.tensor([20]).to_sparse())
+    refused("count of steps, one number", step=torch.tensor(20, device="meta"))
+    refused("at least one average, of floats; found none", weight=None)
+    refused("at least one average, of floats; found none", weight=torch.arange(5))
+    refused("whose averages are all finite; it has none, as .*weight is not finite", weight=torch.full((5,), torch.nan))
+
+
+@pytest.mark.parametrize("below", ["", "run/deep"])
+def test_a_run_in_the_folder_itself_is_refused(small: Folder, below: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(small.path)
+    before = sorted(small.path.rglob("*"))
+    for out in (small.path / below, tmp_path / "link" / below):
+        with pytest.raises(SettingsError, match=r"must not be in .*Choose another --out"):
+            copy(small, out)
+    assert sorted(small.path.rglob("*")) == before
+
+
+def test_which_averages_of_an_imported_run_are_best_is_not_guessed(
+    small: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy(small, tmp_path / "run")
+    command = ["gc", str(tmp_path / "run"), "--keep", "2"]
+    assert main(command) == 1
+    assert "retention must be last; got best. Give --retention last" in capsys.readouterr().err
+    assert main([*command, "--retention", "last"]) == 0
+    assert [s.t for s in open_run(open_store(tmp_path / "run")).complete] == [39, 59]
+
+
 def test_what_is_not_finite_is_left_out_by_name(
     small: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

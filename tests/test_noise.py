@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from phema_dist import PostHocEMA, profile, walk
 from phema_dist.profile import Array, PowerProfile, UpdateHistory
+from phema_dist.storage.document import MisfitError, decoder
 from phema_dist.storage.manifest import Attempt, Manifest, Measured, RunInfo
 from phema_dist.storage.run import Run, Snapshot, open_run
 from phema_dist.storage.store import open_store
@@ -118,15 +119,31 @@ def test_how_far_two_averages_of_a_walk_lie_apart_is_an_integral(first: float, l
     assert by_hand == pytest.approx(integral, rel=1e-9)
     dense = np.arange(1, 40001) * t / 40000
     profiles = PowerProfile(first, t), PowerProfile(last, t)
-    assert walk.variance(3.0, *profiles, dense) == pytest.approx(3 / integral, rel=0.01)
-    assert walk.variance(3.0, *profiles, walk.thinned(dense)) == pytest.approx(3 / integral, rel=0.03)
+    for times, rel in ((dense, 0.01), (walk.thinned(dense), 0.03)):
+        steps = walk.estimate([3.0], profiles[:1], profiles[1:], times)
+        assert steps is not None
+        assert steps / np.diff(times, prepend=0) == pytest.approx(np.full(len(times), 3 / integral), rel=rel)
 
 
 def test_of_one_average_or_parameters_that_stay_nothing_is_known() -> None:
     p, times = PowerProfile(0.1, 10.0), np.arange(1.0, 11)
-    assert walk.variance(0.0, p, p, times) is None
-    assert walk.variance(1.0, p, p, times) is None
-    assert walk.variance(0.0, p, PowerProfile(0.2, 10.0), times) is None
+    assert walk.estimate([0.0], [p], [p], times) is None
+    assert walk.estimate([1.0], [p], [p], times) is None
+    assert walk.estimate([0.0], [p], [PowerProfile(0.2, 10.0)], times) is None
+
+
+@pytest.mark.parametrize(("power", "rel"), [(0, 1e-9), (1, 0.2), (4, 0.7)])
+def test_movement_that_decays_is_found_from_all_snapshots(power: int, rel: float) -> None:
+    times, ts = np.arange(1.0, 2001), range(100, 2001, 100)
+    true = (1 - (times - 1) / 2000) ** power
+    pairs = [[PowerProfile(s, t) for t in ts] for s in (0.05, 0.28)]
+    moved = [float(true @ np.subtract(*walk.shares(pair, times)) ** 2) for pair in zip(*pairs, strict=True)]
+    found = walk.estimate(moved, *pairs, times)
+    assert found is not None
+    assert (found >= 0).all()
+    x, target = np.eye(40)[:, [19]], [PowerProfile(0.2, 2000)]
+    off, exact = (walk.expected_errors(pairs[0] + pairs[1], x, target, times, v)[1] for v in (found, true))
+    assert off == pytest.approx(exact, rel=rel)
 
 
 @pytest.mark.parametrize("number", [1, 4095, 4096, 4097, 10_000, 1_000_001])
@@ -156,7 +173,7 @@ def test_certificates_are_honest() -> None:
         assert facts.movement is not None
         ratios.append(facts.parameter_error / simulated.error(recipe, wanted))
         assert facts.movement == pytest.approx(
-            rms(simulated.walk[-1] - wanted @ simulated.walk) / rms(wanted @ simulated.walk), rel=0.25, abs=1e-6
+            rms(simulated.walk[-1] - wanted @ simulated.walk) / rms(wanted @ simulated.walk), rel=0.5, abs=1e-6
         )
     assert len(ratios) == NUM_CASES
     assert np.mean([0.5 <= ratio <= 2 for ratio in ratios]) >= 0.95, sorted(ratios)
@@ -192,7 +209,7 @@ def test_a_run_that_measured_nothing_is_synthesized_as_before() -> None:
         assert_plain(recipe)
     earlier = replace(simulated.run, snapshots=(*unmeasured[:-1], simulated.run.snapshots[-1]))
     found, expected = (plan(run, [0.02])[0].certificate.parameter_error for run in (earlier, simulated.run))
-    assert found == pytest.approx(expected, rel=0.01)
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def assert_plain(recipe: Recipe) -> None:
@@ -285,7 +302,7 @@ def test_what_was_left_out_is_judged_alike() -> None:
     lost = replace(simulated.run.snapshots[17], problem="bitten", manifests=())
     run = replace(simulated.run, snapshots=(*simulated.run.snapshots[:17], lost, *simulated.run.snapshots[18:]))
     whole, less = plan(simulated.run, [0.1])[0].certificate, plan(run, [0.1])[0].certificate
-    assert less.error_with_all == pytest.approx(min(whole.profile_error, less.profile_error), rel=1e-3)
+    assert less.error_with_all == pytest.approx(min(whole.profile_error, less.profile_error), rel=0.02)
 
 
 def test_given_coefficients_have_no_target_to_err_from() -> None:
@@ -378,7 +395,7 @@ def test_what_ranks_measure_adds_up(tmp_path: Path) -> None:
         assert all(getattr(m.measured, field) > 0 for m in two)
 
 
-def test_a_refused_manifest_says_what_was_measured_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_manifest_says_what_the_job_did_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(4, 4)
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5) as ema:
         for t in range(1, 11):
@@ -390,7 +407,7 @@ def test_a_refused_manifest_says_what_was_measured_too(tmp_path: Path, caplog: p
     facts = json.loads(text)
     assert facts["refused"] == "its parameters are not finite"
     assert facts["measured"]["updates_refused"] == 1
-    assert facts["measured"]["squares"] > 0
+    assert (facts["measured"]["numel"], facts["measured"]["squares"]) == (0, 0)  # no averages were read for it
     assert "not finite" in caplog.text
 
 
@@ -405,3 +422,63 @@ def test_huge_parameters_are_measured_and_infinite_sums_cost_no_snapshot(tmp_pat
     assert seen.squares == pytest.approx(16e50, rel=1e-6)
     assert measured(Counts(), 0, 16, math.inf, 0.0) is None
     assert measured(Counts(), 0, 16, math.inf, math.nan) is None
+
+
+@pytest.mark.parametrize(
+    ("still", "numel"), [(torch.full((1,), 1e7), 1000), (torch.full((1,), 1000.0), 1001), (torch.ones(4000), 5000)]
+)
+def test_what_does_not_move_has_no_part(tmp_path: Path, still: torch.Tensor, numel: int) -> None:
+    torch.manual_seed(0)
+    model = nn.ParameterDict({"still": nn.Parameter(still), "w": nn.Parameter(0.02 * torch.randn(1000))})
+    with PostHocEMA.from_model(
+        model, tmp_path, sigma_rels=(0.05, 0.28), update_every=1, checkpoint_every=20, checkpoint_dtype=torch.float16
+    ) as ema:
+        for t in range(1, 201):
+            with torch.no_grad():
+                model["w"] += 1e-3 * torch.randn(1000)
+            ema.update_(model)
+            if t % 20 == 0:
+                ema._session.writer.drain()  # type: ignore[union-attr]
+    run = open_run(open_store(tmp_path))
+    seen = run.complete[-1].manifests[0].measured
+    assert seen is not None
+    assert seen.numel == numel  # not what is beyond float16, and so stored as float32
+    assert seen.moving_squares / seen.moved < 0.01  # that of the weights
+    assert plan(run, [0.08])[0].certificate.profile_error < 0.2
+
+
+def with_measured(run: Run, **values: float) -> Run:
+    def changed(m: Manifest) -> Manifest:
+        return replace(m, measured=replace(m.measured, **values))  # type: ignore[type-var, arg-type]
+
+    return replace(
+        run, snapshots=tuple(replace(s, manifests=tuple(map(changed, s.manifests)) * 3) for s in run.snapshots)
+    )
+
+
+@pytest.mark.parametrize("value", [1e308, 1e150, 1e-320, 0.0])
+@pytest.mark.parametrize("field", ["squares", "moved", "moving_squares", "moving_moved"])
+def test_odd_numbers_of_somebody_else_do_not_stop_a_synthesis(field: str, value: float) -> None:
+    simulated = Simulated(range(1, 201), range(20, 201, 20), (0.05, 0.28), ["BF16"] * 10, step=0.01, seed=0)
+    assert plan(with_measured(simulated.run, **{field: value}), [0.1])[0].describe()["certificate"]
+
+
+@pytest.mark.parametrize("field", ["squares", "moved", "moving_squares", "moving_moved"])
+def test_sums_of_squares_are_not_negative(field: str) -> None:
+    facts = asdict(measured(Counts(), 0, 1, 1.0, 1.0))  # type: ignore[arg-type]
+    assert decoder(Measured)(facts)
+    with pytest.raises(MisfitError, match="must not be negative"):
+        decoder(Measured)(facts | {field: -1e-300})
+
+
+def test_where_the_noise_is_absurd_least_squares_are_taken_and_poor_ones_are_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    simulated = Simulated(range(1, 201), range(20, 201, 20), (0.05, 0.28), ["F16"] * 10, step=0.01, seed=0)
+    (recipe,) = plan(with_measured(simulated.run, moving_squares=1e12, moving_moved=1.0), [0.1])
+    assert not recipe.certificate.noise_aware
+    assert_plain(recipe)
+    poor = replace(recipe.certificate, noise_aware=True, profile_error=0.6, parameter_error=0.0)
+    assert not poor.good
+    announce([replace(recipe, certificate=poor)])
+    assert "the profile error is 60.0%, above 50%" in caplog.text

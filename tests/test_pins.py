@@ -1,7 +1,9 @@
 """Pins: a snapshot that somebody wants to keep stays, whoever deletes, and a pin that holds nothing is refused."""
 
+import contextlib
 import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,46 @@ def test_a_snapshot_that_goes_while_it_is_pinned_is_told(
     with pytest.raises(SnapshotError, match=r"t=2000 was deleted while .* The nearest are t=1000 and t=3000"):
         pins.pin(store, 2000)
     assert open_run(store).pins == ({2000} if pinned_before else set())  # somebody else's pin is not ours to take
+
+
+def test_a_pin_at_any_moment_of_a_deletion_holds_or_is_refused(tmp_path: Path) -> None:
+    """Between any two things that the deleter does."""
+    outcomes = []
+    for moment in range(20):
+        store = made((str(tmp_path / f"run{moment}"), {}), 3)
+        before, calls = store.list(), iter(range(99))
+        read_before = {key: store.get(key) for key in before if key.endswith(".json") and key.startswith(at(2000))}
+
+        class Slow(LocalStore):
+            def _now(self, moment: int = moment, calls: Any = calls) -> None:
+                if next(calls) == moment:
+                    with contextlib.suppress(SnapshotError):
+                        pins.pin(open_store(self.url), 2000)
+                        outcomes.append("pinned")
+
+            def list(self, prefix: str = "") -> dict[str, int]:
+                self._now()
+                return super().list(prefix)
+
+            def delete(self, keys: Iterable[str]) -> None:
+                self._now()
+                super().delete(keys)
+
+        (victim,) = (s for s in open_run(store).complete if s.t == 2000)
+        count = len(outcomes)
+        was_removed = pins.delete_unpinned(Slow(store.url), victim)
+        if len(outcomes) == count:
+            assert was_removed
+            assert complete(store) == [1000, 3000]
+            assert not open_run(store).pins
+        else:
+            assert not was_removed
+            left = store.list()
+            index = f"{at(2000)}/index.json"
+            assert left | {index: 0} == before | {index: 0, "pins/000000002000": 0}
+            assert complete(store) == [1000, 2000, 3000]
+            assert all(read_before[key] == store.get(key) for key in read_before.keys() - {index})
+    assert 3 <= len(outcomes) < 15  # a pin that comes first, and in between; and there are moments enough
 
 
 # -- by the job itself

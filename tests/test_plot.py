@@ -576,3 +576,19 @@ def test_the_example_of_the_help_runs(
     monkeypatch.chdir(tmp_path)
     assert main(example.split()) == 0
     assert (tmp_path / "profiles.svg").exists()
+
+
+def test_a_unit_with_dollars_is_no_formula(run: Run) -> None:
+    made = replace(composed(run, plan(run, [Power(0.1)])[0]), t_unit="$\\foo$")
+    figure = profiles_figure(made)
+    figure_to_image(figure)
+    assert "($\\foo$)" in texts(figure)
+
+
+def test_what_is_printed_shows_no_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url, model = "memory://user:SECRET@host/plotted", nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, url, update_every=1, checkpoint_every=2) as ema:
+        for _ in range(4):
+            ema.update_(model)
+    assert main(["plot", url, "--out", str(tmp_path / "made.svg")]) == 0
+    assert "SECRET" not in "".join(capsys.readouterr())

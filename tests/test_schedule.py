@@ -190,6 +190,21 @@ def test_many_snapshots_are_thinned_at_once() -> None:
     assert worst_error(kept, PAIR) < 0.012
 
 
+@pytest.mark.parametrize("sigma_rels", [PAIR, (0.05, 0.10)])
+def test_very_many_are_thinned_quickly_and_the_run_goes_on_as_well(sigma_rels: tuple[float, ...]) -> None:
+    """As after a resume with a smaller max_checkpoints."""
+    start = time.thread_time()
+    kept = snapshots_to_keep(range(1, 301), sigma_rels, 20, {7, 8})
+    assert time.thread_time() - start < 2
+    assert {7, 8, 300} < set(kept)
+    kept, even = snapshots_to_keep(range(1, 301), sigma_rels, 20), worst_error(range(1, 21), sigma_rels)
+    assert len(kept) == 20
+    assert worst_error(kept, sigma_rels) <= 1.25 * even
+    for t in range(301, 341):
+        kept = snapshots_to_keep((*kept, t), sigma_rels, 20)
+        assert worst_error(kept, sigma_rels) <= 1.25 * even, t
+
+
 def test_pins_are_kept_and_count() -> None:
     ts = range(1000, 11_000, 1000)
     kept = snapshots_to_keep(ts, PAIR, 4, protected={1000, 2000, 99})

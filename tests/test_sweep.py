@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,10 @@ EVAL = """
 import math, os, pathlib, signal, sys
 checkpoint, sigma_rel = pathlib.Path(sys.argv[1]), float(sys.argv[2])
 assert checkpoint.stat().st_size > 0
-here, folder = pathlib.Path(__file__).parent, checkpoint.parents[1]
+here, folder = pathlib.Path(__file__).parent, checkpoint.parents[2]
 used = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 with (here / "calls").open("a") as calls:
-    print(sigma_rel, used, len(list(folder.glob("sigma_rel-*/*"))), file=calls)
+    print(sigma_rel, used, len(list(folder.glob(".sweep/sigma_rel-*/*"))), file=calls)
 number = len((here / "calls").read_text().splitlines())
 if str(number) in sys.argv[3:]:
     os.kill(os.getppid(), signal.SIGKILL)
@@ -242,7 +243,11 @@ def test_a_folder_is_of_one_run_command_and_t(run: Path, command: str, tmp_path:
     assert sweep(run, [0.1, 0.2], command, out=out, refine=0).points == first.points
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     # One that nobody measured, of snapshots that the run has deleted since.
-    synthesize_files(run, {0.12: out / "sigma_rel-0.12/model.safetensors"}, t=20)
+    synthesize_files(run, {0.12: out / ".sweep/sigma_rel-0.12/model.safetensors"}, t=20)
+    with pytest.raises(SettingsError, match="was not made by this sweep"):
+        sweep(run, [0.12], command, out=out)
+    stored = json.loads((out / "sweep.json").read_text())
+    (out / "sweep.json").write_text(json.dumps({**stored, "making": [0.12]}))
     found = sweep(run, [0.12], command, out=out)
     (wanted,) = synthesize(run, [0.12])
     assert found.checkpoint
@@ -261,18 +266,78 @@ def test_a_folder_is_of_one_run_command_and_t(run: Path, command: str, tmp_path:
         assert torch.equal(load_file(found.checkpoint)["weight"], wanted.state_dict["weight"])
 
 
-@pytest.mark.parametrize("name", ["best.safetensors", "sweep.md", "sigma_rel-0.1/model.safetensors"])
+@pytest.mark.parametrize("name", ["best.safetensors", "sweep.md", ".sweep/sigma_rel-0.1/model.safetensors"])
 def test_what_is_of_no_sweep_stays(run: Path, command: str, tmp_path: Path, name: str) -> None:
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_text("precious")
-    with pytest.raises(SettingsError, match="Choose another --out"):
-        sweep(run, [0.1, 0.2], command, out=tmp_path / "out")
-    if "sigma_rel" in name:
-        with pytest.raises(SettingsError, match="Choose another --out"):
-            sweep(run, [0.1, 0.2], command, out=tmp_path / "out", force=True)
+    for force in (False, True)[: 2 if "sigma_rel" in name else 1]:
+        with pytest.raises(SettingsError, match=r"[Cc]hoose another --out"):
+            sweep(run, [0.1, 0.2], command, out=tmp_path / "out", force=force)
     assert path.read_text() == "precious"
     assert not (tmp_path / "calls").exists()
+
+
+def test_checkpoints_of_others_in_its_folder_stay(run: Path, command: str, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    sweep(run, [0.1, 0.2], command, out=out, refine=0)
+    synthesize_files(run, {s: out / f"sigma_rel-{s}/model.safetensors" for s in (0.2, 0.22)})
+    for folder in (out / "sigma_rel-mine", out / "sigma_rel-0.28", out / "sigma_rel-0.15", elsewhere):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("precious")
+    (out / "sigma_rel-link").symlink_to(elsewhere)
+    files = {path: path.read_bytes() for path in [*out.glob("sigma_rel-*/*"), elsewhere / "model.safetensors"]}
+    assert len(files) == 7
+    for grid, force in (([0.1, 0.2], False), ([0.15, 0.22], False), ([0.1, 0.2, 0.15], True)):
+        sweep(run, grid, command, out=out, refine=0, force=force)
+        assert {path: path.read_bytes() for path in files} == files
+    for s in (0.22, 0.28):  # nor are they replaced by those that are to be kept
+        with pytest.raises(SettingsError, match="was not made by this sweep"):
+            sweep(run, [s], command, out=out, refine=0, keep_all=True)
+    assert {path: path.read_bytes() for path in files} == files
+
+    best = (out / "best.safetensors").read_bytes()
+    (out / "best.safetensors").write_text("mine")
+    with pytest.raises(SettingsError, match="Move it away"):
+        sweep(run, [0.1, 0.2], command, out=out, refine=0)
+    assert (out / "best.safetensors").read_text() == "mine"
+    sweep(run, [0.1, 0.2, 0.15], command, out=out, refine=0, force=True)
+    assert (out / "best.safetensors").read_bytes() == best
+
+
+@pytest.mark.parametrize("name", [".sweep", ".sweep/sigma_rel-0.12", ".sweep/sigma_rel-0.12/model.safetensors"])
+def test_no_link_is_followed(run: Path, command: str, tmp_path: Path, name: str) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    sweep(run, [0.1], command, out=out, refine=0)
+    stored = json.loads((out / "sweep.json").read_text())
+    (out / "sweep.json").write_text(json.dumps({**stored, "making": [0.12]}))
+    precious = elsewhere / "sigma_rel-0.12/model.safetensors"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).symlink_to(elsewhere / name.removeprefix(".sweep").removeprefix("/"))
+    for grid in ([0.1], [0.12]):
+        with pytest.raises(SettingsError, match="was not made by this sweep"):
+            sweep(run, grid, command, out=out, refine=0)
+    assert precious.read_text() == "precious"
+
+
+def test_a_new_sweep_deletes_what_the_old_one_kept(run: Path, command: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep(run, [0.1, 0.2], command, out=out, refine=0, keep_all=True)
+    (out / "sigma_rel-0.2/model.safetensors").write_text("mine now")
+    sweep(run, [0.15], command, out=out, refine=0, force=True)
+    assert [path.parent.name for path in out.glob("sigma_rel-*/*")] == ["sigma_rel-0.2"]
+
+
+def test_a_url_is_no_folder_and_shows_no_key(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", str(run), "--sigma-rel", "0.1", "--eval", "true {checkpoint}", "--out", "s3://AK:SECRET@b/x"]
+    assert main(words) == 1
+    assert "got s3://b/x." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_callable_is_given_tensors_and_may_measure_several_things(run: Path, tmp_path: Path) -> None:
@@ -379,6 +444,11 @@ def test_a_grid_that_cannot_be_is_refused(text: str) -> None:
         ("\x1b[32mloss 7\x1b[0m", 7),
         ("loss: nan", math.nan),
         ("-inf", -math.inf),
+        ("loss \N{MINUS SIGN}0.5", -0.5),
+        ("0.5 of \u0663", 0.5),
+        ("0.5 \u0131nf", 0.5),
+        ("loss 1.Next", 1),
+        ("1,234,5678", 5678),
         ("no info", None),
         ("", None),
     ],
@@ -417,6 +487,24 @@ def test_settings_that_cannot_be_are_refused(run: Path, command: str, tmp_path: 
         sweep(run, [], command, out=tmp_path / "out")
     with pytest.raises(SettingsError, match="an empty one"):
         sweep(run, [0.1], lambda _: {})
+
+
+@pytest.mark.parametrize("text", ["7" * 200_000 + "x", ",234" * 50_000 + "x", "1,234" * 50_000 + "x"])
+def test_a_long_text_is_read_in_time(text: str) -> None:
+    start = time.perf_counter()
+    last_number(text)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("metrics", [{"$\\foo$": 1.0}, {"a": 1e308}, {"\x00": 1.0}])
+def test_no_picture_loses_a_sweep(run: Path, tmp_path: Path, metrics: dict[str, float]) -> None:
+    signs = iter([1, -1])
+    found = sweep(
+        run, [0.1, 0.2], lambda _: {name: next(signs) * x for name, x in metrics.items()}, out=tmp_path, refine=0
+    )
+    assert found.checkpoint
+    assert found.checkpoint.exists()
+    assert (tmp_path / "sweep.svg").exists() or "$" not in str(metrics)
 
 
 def test_the_figure_shows_every_metric_and_its_best() -> None:

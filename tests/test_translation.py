@@ -120,7 +120,11 @@ def test_the_example_in_the_help_prints_a_table(capsys: pytest.CaptureFixture[st
         (["--beta", "0.9999"], "--t must say how long the training is"),
         (["--half-life-kimg", "500", "--t", "2000"], "--batch must say how many images"),
         (["--half-life-steps", "0", "--t", "2000"], "a half-life must be a positive number"),
-        (["--sigma-rel", "0.1", "--t", "0"], "t must be positive"),
+        (["--sigma-rel", "0.1", "--t", "0"], "t must be positive and finite"),
+        (["--sigma-rel", "0.1", "--t", "inf"], "t must be positive and finite"),
+        (["--beta", "0.999", "--t", "inf"], "t must be positive and finite"),
+        (["--beta", "0.999", "--t", "nan"], "t must be positive and finite"),
+        (["--half-life-steps", "100", "--t=-5"], "t must be positive and finite"),
         (["--sigma-rel", "0.1", "--batch", "0"], "--batch must be at least 1"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -61,13 +62,13 @@ def number(text: str) -> float:
 def size(text: str) -> int:
     """Read a number of bytes, with or without a unit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt]i?)?b)?", text.lower())
-    num_bytes = 0
+    num_bytes = 0.0
     if match:
         unit = match[2] or ""
-        num_bytes = int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** " kmgt".index(unit[:1] or " "))
-    if not num_bytes:
+        num_bytes = float(match[1]) * (1024 if unit.endswith("i") else 1000) ** " kmgt".index(unit[:1] or " ")
+    if not 1 <= num_bytes < math.inf:
         raise argparse.ArgumentTypeError(f"must be a size such as 500MB, 5GiB or a number of bytes; got {text}")
-    return num_bytes
+    return int(num_bytes)
 
 
 def json_object(text: str) -> dict[str, Any]:

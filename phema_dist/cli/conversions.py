@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from phema_dist.cli.arguments import number
 from phema_dist.errors import PhemaError
 from phema_dist.profile import beta_to_sigma_rel, gamma_to_sigma_rel
-from phema_dist.translation import Translation, half_life_to_beta, half_life_to_sigma_rel, translate
+from phema_dist.translation import Translation, check_t, half_life_to_beta, half_life_to_sigma_rel, translate
 
 if TYPE_CHECKING:
     from phema_dist.cli.arguments import Commands
@@ -89,6 +89,7 @@ def _sigma_rel(arguments: argparse.Namespace) -> float:
         return half_life_to_sigma_rel(arguments.half_life)
     if arguments.t is None:
         raise PhemaError("--t must say how long the training is, if a constant beta or half-life is to be translated.")
+    check_t(arguments.t)
     if arguments.beta is not None:
         return beta_to_sigma_rel(arguments.beta, arguments.t)
     if arguments.half_life_kimg is not None and arguments.batch is None:

@@ -71,11 +71,12 @@ def _plot(arguments: argparse.Namespace) -> None:
 
     from phema_dist import plot  # noqa: PLC0415  --help need not wait for numpy
     from phema_dist.plot.style import check_suffix  # noqa: PLC0415
+    from phema_dist.storage.remote import without_credentials  # noqa: PLC0415
 
     check_suffix(arguments.out)  # before anything is read
     figure = _of_plan(arguments) if arguments.run is None else _of_run(arguments)
     plot.save_figure(figure, arguments.out)
-    print(f"{arguments.out}: {arguments.picture} of {arguments.run or 'a plan'}")
+    print(f"{arguments.out}: {arguments.picture} of {without_credentials(arguments.run or 'a plan')}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

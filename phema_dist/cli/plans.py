@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,8 @@ def add(commands: Commands) -> None:
     parameters.add_argument("--parameters", type=_count, metavar="N", help="of the model, as in 1.3B or 350M")
     parameters.add_argument(
         "--size-from", metavar="FILE|DIR|RUN",
-        help="count them in a .safetensors file, a Hugging Face folder, one of torch.distributed.checkpoint, or a run",
+        help="count them in a .safetensors file, a Hugging Face folder, one of torch.distributed.checkpoint (its "
+        ".metadata is a pickle, which can run code: only one that you trust), or a run",
     )  # fmt: skip
     planning.add_argument("--ranks", type=_count, default=1, metavar="N", help="that share the work (default: 1)")
     planning.add_argument(
@@ -68,10 +70,13 @@ def add(commands: Commands) -> None:
 def _count(text: str) -> int:
     """Read a number such as 350M, 1.3B, 5e5 or 20_000."""
     match = re.fullmatch(r"([\d_]+(?:\.\d+)?(?:e\d+)?) ?([kmbgt]?)", text.lower())
-    number = round(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if not number:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 20000, 350M or 1.3B; got {text}")
-    return number
+    try:
+        number = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    except ValueError:  # as in _
+        number = 0.0
+    if not 0 < number < math.inf or not round(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, such as 20000, 350M or 1.3B; got {text}")
+    return round(number)
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -139,7 +144,7 @@ def _lines(plan: Plan) -> list[str]:
         "a snapshot every": f"{plan.checkpoint_every} calls, {snapshots}",
         "an update every": f"{plan.update_every} calls or 0.01% of t, {plan.num_updates} in all{per}",
         f"error for {low:g} to {high:g}": f"worst {_percent(plan.worst_error)}, mean {_percent(plan.mean_error)}",
-        "if stopped earlier": f"worst {_percent(plan.stop_error)}, from half of the run on",
+        "if stopped earlier": f"worst {_percent(plan.stop_error)}, from half of the run on, at a snapshot or between",
         "rounding": f"changes parameters by {_percent(plan.rounding_noise)}",
         "storage": f"{_bytes(plan.bytes_in_all)} in all, {_bytes(plan.bytes_per_rank)} by each rank",
         "host memory": f"{_bytes(plan.host_bytes_per_rank)} for each rank",

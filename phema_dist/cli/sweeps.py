@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phema_dist.cli.arguments import add_run, progress_bar, size
@@ -37,7 +36,7 @@ def add(commands: Commands) -> None:
     sweeping.add_argument(
         "--eval", required=True, metavar="COMMAND", dest="evaluate", help="what measures a checkpoint"
     )
-    sweeping.add_argument("--out", required=True, type=Path, metavar="DIR", help="for checkpoints and results")
+    sweeping.add_argument("--out", required=True, metavar="DIR", help="local, for checkpoints and results")
     sweeping.add_argument("--t", type=int, help="end of the averages (default: the newest complete snapshot)")
     sweeping.add_argument("--maximize", action="store_true", help="a high metric is good")
     sweeping.add_argument(

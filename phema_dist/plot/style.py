@@ -64,7 +64,7 @@ def label_time(axes: Axes, unit: str) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel(unit, fontsize=LABEL_POINTS)
+    axes.set_xlabel(unit, fontsize=LABEL_POINTS, parse_math=False)
 
 
 def whole_numbers(axes: Axes) -> None:

@@ -41,7 +41,7 @@ def sweep_figure(rows: Sequence[tuple[float, Mapping[str, float | None]]], *, ma
             axes.plot(*best, "*", color=ORANGE, markersize=10, label=f"best: {SIGMA_REL} = {best[0]:g}")
             axes.legend(fontsize=LEGEND_POINTS, frameon=False)
         axes.set_xlabel(f"{SIGMA_REL} (standard deviation / $t$)", fontsize=LABEL_POINTS)
-        axes.set_ylabel(name, fontsize=LABEL_POINTS)
+        axes.set_ylabel(name, fontsize=LABEL_POINTS, parse_math=False)
         axes.tick_params(labelsize=TICK_POINTS)
         axes.grid(visible=True, linewidth=0.3, alpha=0.6)
     return figure

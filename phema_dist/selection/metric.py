@@ -13,9 +13,11 @@ from phema_dist.storage.document import one_line
 
 CHECKPOINT, SIGMA_REL = "{checkpoint}", "{sigma_rel}"
 # A number is no part of a word: of "top5 12s v1.2.3 2026-11-22 0.85%" it is 0.85 alone. 1,234.5 is one of them.
+# Nothing that was matched is given back, or a long text would take for ever.
 _NUMBER = re.compile(
-    r"(?<![\w.+-])[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?(?!\w|\.\d|-\d)"
-    r"|(?<!\w)[-+]?(?:nan|inf(?:inity)?)(?!\w)",
+    r"(?<![\w.+-])[-+]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3}(?!\w))++|[0-9]++)(?:\.(?:[0-9]++|(?!\w)))?+|\.[0-9]++)"
+    r"(?:e[-+]?[0-9]++)?+(?!\w|\.\d|-\d)"
+    r"|(?<!\w)[-+]?(?a:nan|inf(?:inity)?)(?!\w)",
     re.IGNORECASE,
 )
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -62,5 +64,5 @@ def measure(words: list[str], checkpoint: Path, sigma_rel: float) -> tuple[float
 
 def last_number(text: str) -> float | None:
     """The last number in a text, as in `loss: 1.2e-3` or `0.85%`; None if there is none."""
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return float(found[-1].replace(",", "")) if found else None

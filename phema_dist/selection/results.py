@@ -48,13 +48,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Results:
-    """All that was measured, by sigma_rel. `url` is where the run was."""
+    """All that was measured, by sigma_rel. `url` is where the run was.
+
+    `making` are those whose checkpoints wait, `old_best` marks a best checkpoint of another sweep that may be replaced.
+    """
 
     format: int
     url: str
     subject: Subject
     maximize: bool
     points: tuple[Point, ...] = field(default=())
+    making: tuple[float, ...] = ()
+    old_best: str = ""
 
     def point(self, sigma_rel: float) -> Point | None:
         """What was found for a sigma_rel, if it was tried."""

@@ -17,9 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phema_dist.errors import SettingsError
+from phema_dist.errors import RunError, SettingsError
 from phema_dist.ranks import ALONE
-from phema_dist.selection.folder import BEST, FILE, PICTURE, RESULTS, TABLE, clear, draw, is_average, place_of, tidy
+from phema_dist.selection.folder import (
+    BEST,
+    FILE,
+    PICTURE,
+    RESULTS,
+    TABLE,
+    announce,
+    check_best,
+    clear,
+    draw,
+    is_average,
+    place_of,
+    tidy,
+)
 from phema_dist.selection.grid import checked_grid, next_sigma_rel, parse_grid
 from phema_dist.selection.metric import measure, split_command
 from phema_dist.selection.results import (
@@ -33,6 +46,7 @@ from phema_dist.selection.results import (
     table,
 )
 from phema_dist.storage.manifest import FORMAT
+from phema_dist.storage.remote import without_credentials
 from phema_dist.storage.run import open_run
 from phema_dist.storage.store import open_store
 from phema_dist.synthesis.checkpoint import Form, divide, items_of
@@ -166,25 +180,28 @@ def sweep(
     """
     grid = parse_grid(sigma_rels) if isinstance(sigma_rels, str) else checked_grid([float(s) for s in sigma_rels])
     words = split_command(evaluate) if isinstance(evaluate, str) else []
+    if "://" in str(out):
+        shown = without_credentials(str(out))
+        raise SettingsError(f"the folder of a sweep must be a local one, to be uploaded from there; got {shown}.")
     folder = None if out is None else Path(out)
     if words and folder is None:
         raise SettingsError("a command must have a folder for its checkpoints; give `out`.")
-    if "://" in str(out):
-        raise SettingsError(f"the folder of a sweep must be a local one, to be uploaded from there; got {out}.")
     if refine < 0:
         raise SettingsError(f"refine must be at least 0; got {refine}.")
     store, form = open_store(checkpoint_dir, storage_options), Form(dtype, max_file_bytes=_WHOLE)
     with _each_warning_once(), locked(folder) if folder else nullcontext():
         run = open_run(store)
-        old = load_results(folder / RESULTS) if folder and not force else None
+        found = _found(folder / RESULTS, force=force) if folder else None
+        old = None if force else found
         subject = _subject(run, t, old, evaluate, form)
         at_once = _num_at_once(run, form, grid, subject.t, folder if words else None, budget_bytes)
         results = Results(FORMAT, run.store.url, subject, maximize)
         if folder and old and (old.points or old.subject == subject):
             old.require(subject, run.store.url, folder)
             results = replace(old, maximize=maximize)
+            check_best(folder, results)
         elif folder:
-            clear(folder, force=force)
+            results = replace(results, old_best=clear(folder, found, force=force))
             save_results(results, folder / RESULTS)
         job = _Job(
             checkpoint_dir, storage_options, store, subject.t, form, memory_bytes,
@@ -192,6 +209,16 @@ def sweep(
             len(grid) if keep_all and words else at_once, keep_all, tell, reading,
         )  # fmt: skip
         return _finish(job, *_search(job, results, grid, refine))
+
+
+def _found(path: Path, *, force: bool) -> Results | None:
+    """What an earlier call has measured; one that begins anew need not understand it."""
+    try:
+        return load_results(path)
+    except RunError:
+        if force:
+            return None
+        raise
 
 
 def _subject(run: Run, t: int | None, old: Results | None, evaluate: Evaluate | str, form: Form) -> Subject:
@@ -244,6 +271,7 @@ def _measure_missing(job: _Job, results: Results, sigma_rels: Sequence[float]) -
         batch = missing[start : start + job.at_once]
         if job.folder:
             tidy(job.folder, results, batch)
+            results = announce(job.folder, results, batch if job.words else (), keep=job.keep_all)
         found = _measured_files(job, batch) if job.words else _measured_tensors(job, batch)
         for i, point in enumerate(found, start=1):
             results = results.with_point(point)
@@ -305,8 +333,12 @@ def _finish(job: _Job, results: Results, sigma_rels: Sequence[float]) -> Sweep:
         if best:
             checkpoint = job.folder / BEST
             if not is_average(checkpoint, best.sigma_rel, results.subject):
+                tidy(job.folder, results, [best.sigma_rel])
+                results = announce(job.folder, results, [best.sigma_rel], keep=False)
                 _write(job, [best.sigma_rel])
-            tidy(job.folder, results, [])
+        tidy(job.folder, results, [])
+        if results.making:
+            results = announce(job.folder, results, (), keep=False)
         replace_file(job.folder / TABLE, f"{table(results)}\n".encode())
         if best:
             draw(results, job.folder / PICTURE)

@@ -13,10 +13,10 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from phema_dist import schedule
-from phema_dist.errors import SettingsError
+from phema_dist.errors import RunError, SettingsError
 from phema_dist.storage.manifest import INDEX_NAME
-from phema_dist.storage.pins import pinned
-from phema_dist.storage.run import delete_snapshot, newest_attempt, open_run
+from phema_dist.storage.pins import delete_unpinned
+from phema_dist.storage.run import newest_attempt, open_run
 
 if TYPE_CHECKING:
     from phema_dist.storage.run import Known, Run, Snapshot
@@ -54,7 +54,7 @@ def collect_garbage(
         dry_run: remove nothing.
 
     Raises:
-        RunError: there is no run.
+        RunError: there is no run, or it was imported, and nobody knows which are best.
         StorageError: something could not be removed; the rest is as it was.
     """
     if keep is not None and keep < 1:
@@ -66,6 +66,11 @@ def collect_garbage(
         run = open_run(store, known)
         if not run.attempts:
             return
+        if keep is not None and retention == "best" and run.info.imported:
+            raise RunError(
+                f"{store.url} was imported from {run.info.imported.library}, and which of its averages are best is not "
+                f"known: retention must be last; got best. Give --retention last, or pin what you want (phema pin)."
+            )
         for garbage in chain(_dead_snapshots(run, keep, retention, abandoned=abandoned), _dead_puts(store, run)):
             if (name := garbage.handle or garbage.key) in done:
                 continue
@@ -172,7 +177,6 @@ def _remove(store: Store, garbage: Garbage, known: Known) -> bool:
         return True
     there = {key.removeprefix(f"{garbage.key}/") for key in store.list(garbage.key)}
     files, snapshot = known[garbage.key]
-    if not there or not there <= {*files, INDEX_NAME} or snapshot.t in pinned(store):
+    if not there or not there <= {*files, INDEX_NAME}:
         return False
-    delete_snapshot(store, garbage.key)
-    return True
+    return delete_unpinned(store, snapshot)

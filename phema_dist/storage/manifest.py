@@ -54,6 +54,7 @@ def _one_of(*names: str) -> Rule:
     return Rule(f"be one of {', '.join(names)}", names.__contains__)
 
 
+_Square = Annotated[float, Rule("not be negative", lambda x: x >= 0)]
 _Positive = Annotated[int, Rule("be at least 1", bool)]
 _Ranks = Annotated[int, Rule(f"be 1 to {_MOST_RANKS}", lambda n: 1 <= n <= _MOST_RANKS)]
 # Two of them are what a reader holds beside its sums. Of a power of two, elements never lie across an end.
@@ -148,19 +149,23 @@ class Measured:
 
     `squares` sums the squares of the float32 averages of the first tracked profile that this rank stores, `numel` of
     them; `moved` those of their differences to the averages of the last one (0 if only one is tracked): how far
-    parameters travel, which is what tells how much an error of a profile changes them.
+    parameters travel, which is what tells how much an error of a profile changes them. In 16-bit snapshots, tensors
+    that are float32 there all the same are left out. `moving_squares` and `moving_moved` sum the mean squares of
+    tensors and of their differences, each times what it has of `moved`: so a tensor counts by how much it moves.
     """
 
     unix_time: float  # when the snapshot was taken
     numel: int
-    squares: float
-    moved: float
+    squares: _Square
+    moved: _Square
     lag: int  # the rest as in PostHocEMA.status
     stall_seconds: float
     updates_skipped: int
     updates_refused: int
     snapshots_skipped: int
     snapshots_failed: int
+    moving_squares: _Square = 0.0  # 0 in what was written before there were any
+    moving_moved: _Square = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
 """Pins: the t of snapshots that no retention deletes, each an empty object beside them.
 
 Anybody who may write in the run may pin: a person, a rank that trains, a program that watches the loss. Nobody waits
-for anybody. Who deletes looks for pins before each deletion, and who pins looks for the snapshot afterwards: one that
-was already being deleted when its pin came is gone, and the one who pinned is told.
+for anybody. Who pins looks for the snapshot afterwards; who deletes takes its manifests away, looks for pins, and puts
+them back if there is one. So a pin comes in time, or who pinned sees that the snapshot is gone, and is told. Only a
+deleter that is killed between the two leaves a pinned snapshot without manifests, its data in place.
 """
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from phema_dist.errors import KeyExistsError, RunError, SnapshotError
-from phema_dist.storage.manifest import pin_key
+from phema_dist.storage import run as runs
+from phema_dist.storage.manifest import INDEX_NAME, manifest_name, pin_key, to_json
 from phema_dist.storage.run import open_run, pins_among
 
 if TYPE_CHECKING:
-    from phema_dist.storage.run import Run
+    from phema_dist.storage.run import Run, Snapshot
     from phema_dist.storage.store import Store
 
 _MOST_NAMED = 8
@@ -65,6 +68,28 @@ def unpin(store: Store, t: int) -> None:
         some = ", ".join(f"t={u}" for u in sorted(pins)[:_MOST_NAMED]) + ", …" * (len(pins) > _MOST_NAMED)
         raise RunError(f"{store.url}: t={t} must be pinned to be unpinned; pinned is {some or 'nothing'}.")
     store.delete([key for key in store.list("pins") if t in pins_among([key])])
+
+
+def delete_unpinned(store: Store, snapshot: Snapshot) -> bool:
+    """Remove a snapshot, unless its t is pinned before it is gone; returns whether it was removed."""
+    if snapshot.t in pinned(store):
+        return False
+    if snapshot.problem is None:  # the others cannot be pinned
+        manifests = {
+            f"{snapshot.folder}/{manifest_name(manifest.rank, manifest.world_size)}": manifest
+            for manifest in snapshot.manifests
+        }
+        # Who does not find all of them leaves them to somebody else, who deletes too and may have removed data.
+        is_whole = manifests.keys() <= store.list(snapshot.folder).keys()
+        store.delete([f"{snapshot.folder}/{INDEX_NAME}"])
+        store.delete(sorted(manifests))
+        if is_whole and snapshot.t in pinned(store):
+            for key, manifest in manifests.items():
+                with contextlib.suppress(KeyExistsError):
+                    store.put(key, to_json(manifest))
+            return False
+    runs.delete_snapshot(store, snapshot.folder)
+    return True
 
 
 def _require(run: Run, t: int, problem: str, *, unfinished_too: bool = False) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Mean square of the rounding of a number, by its square and that of HALF_ULP: errors lie evenly within half a unit,
 # which is largest for the smallest number of its power of two, and logarithms of numbers lie evenly within that.
 _ROUNDING = 2 * math.log(2) / 9
+_LEAST = 1e-100  # of squares that are believed
 _COARSE = 2.0**-16  # a HALF_ULP above this is worth a solve of its own: float16 and bfloat16
 
 
@@ -29,7 +30,7 @@ _COARSE = 2.0**-16  # a HALF_ULP above this is worth a solve of its own: float16
 class Noise:
     """What is known of the stored averages, in the order in which they are given."""
 
-    variance: float  # of an element's increments, in a unit of t
+    steps: Array  # [times], mean square of what an element moves by before each update
     roundings: Array  # [n], root mean square of an element's
     times: Array  # of updates
 
@@ -44,14 +45,14 @@ class Noise:
 
     def fit(self, stored: Sequence[Stored], targets: Sequence[Profile]) -> tuple[Array, Array]:
         """As `profile.fit`, but noise-aware."""
-        found = walk.fit(stored, targets, self.times, self.roundings**2 / self.variance)
+        found = walk.fit(stored, targets, self.times, self.steps, self.roundings**2)
         return profile.fit(stored, targets, found=found)
 
     def judge(self, stored: Sequence[Stored], x: Array, targets: Sequence[Profile]) -> tuple[Array, Array]:
         """What a synthesis x [n, m] is expected to err by, and what its target is from the parameters, each [m]."""
-        errors, movements = walk.expected_errors(stored, x, targets, self.times)
+        errors, movements = walk.expected_errors(stored, x, targets, self.times, self.steps)
         rounded = np.sum((self.roundings[:, None] * x) ** 2, axis=0)
-        return np.sqrt(self.variance * errors + rounded), np.sqrt(self.variance * movements)
+        return np.sqrt(errors + rounded), np.sqrt(movements)
 
 
 def noise_of(run: Run, snapshots: Sequence[Snapshot], t: int) -> Noise | None:
@@ -60,26 +61,48 @@ def noise_of(run: Run, snapshots: Sequence[Snapshot], t: int) -> Noise | None:
     None if the ranks of the newest one, which was perhaps written before any did, or is of parameters that do not move,
     have not measured how far they move; or of one tracked average, which does not tell.
     """
-    newest, sigma_rels = snapshots[-1], run.info.sigma_rels
-    size = _mean_square(newest)
-    if not size or run.info.imported:
+    origin, sigma_rels = run.info.origin, run.info.sigma_rels
+    known = [(s.t, *found) for s in snapshots if (found := _measured(s)) is not None]
+    if not known or known[-1][0] != snapshots[-1].t or run.info.imported:
+        return None
+    size = known[-1][1]
+    moved = [way / size for _, _, way in known]
+    if not all(map(_is_plausible, moved)):
         return None
     times = UpdateHistory(run.complete[-1].manifests[0].updates).times()
-    times = walk.thinned(times[: np.searchsorted(times, t - run.info.origin) + 1])
-    ends = [PowerProfile(sigma_rel, newest.t - run.info.origin) for sigma_rel in sigma_rels]
-    variance = walk.variance(_sum(newest, "moved") / _sum(newest, "numel"), ends[0], ends[-1], times)
-    if variance is None:
+    times = walk.thinned(times[: np.searchsorted(times, t - origin) + 1])
+    first, last = ([PowerProfile(sigma_rels[k], seen - origin) for seen, _, _ in known] for k in (0, -1))
+    steps = walk.estimate(moved, first, last, times)
+    if steps is None:
         return None
-    halves = [HALF_ULP[s.manifests[0].dtype] * math.sqrt((_mean_square(s) or size) / size) for s in snapshots]
-    return Noise(variance / size, np.tile(halves, len(sigma_rels)) * math.sqrt(_ROUNDING), times)
+    sizes = {seen: mean / size for seen, mean, _ in known if _is_plausible(mean / size)}
+    halves = [HALF_ULP[s.manifests[0].dtype] * math.sqrt(sizes.get(s.t, 1.0)) for s in snapshots]
+    return Noise(steps, np.tile(halves, len(sigma_rels)) * math.sqrt(_ROUNDING), times)
 
 
-def _mean_square(snapshot: Snapshot) -> float | None:
-    """Of the averages, all ranks together; None or 0 if that is not known."""
-    if any(m.measured is None for m in snapshot.manifests) or not (numel := _sum(snapshot, "numel")):
+def _measured(snapshot: Snapshot) -> tuple[float, float] | None:
+    """Mean squares of the averages and of how far they are apart, all ranks together, or None if that is not known.
+
+    Tensors count by how much they move: a large one at rest says nothing of those that an average changes.
+    """
+    moved, squares, ways = [], [], []
+    for manifest in snapshot.manifests:
+        facts = manifest.measured
+        if facts is None:
+            return None
+        share = facts.moved / max(1, facts.numel)  # of a rank that did not look at its tensors one by one
+        moved.append(facts.moved)
+        squares.append(facts.moving_squares or facts.squares * share)
+        ways.append(facts.moving_moved or facts.moved * share)
+    try:
+        total, size, way = map(math.fsum, (moved, squares, ways))
+    except OverflowError:
         return None
-    return _sum(snapshot, "squares") / numel
+    if not (total > 0 and _is_plausible(size) and _is_plausible(way)):
+        return None
+    return (size / total, way / total)
 
 
-def _sum(snapshot: Snapshot, field: str) -> float:
-    return math.fsum(getattr(m.measured, field) for m in snapshot.manifests)
+def _is_plausible(square: float) -> bool:
+    """Whether squares and quotients of it are numbers too. Somebody else may have written it."""
+    return _LEAST < square < 1 / _LEAST

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("phema_dist")
 GOOD_ERROR = 0.05  # a profile error above this is worth a warning
 GOOD_BIAS = 0.01  # and so is it if somebody's own EMA would differ by this share of the first parameters
+_POOR_ERROR = 0.5  # and a profile error above this is, whatever is promised of parameters
+_CLEARLY = 0.9  # a noise-aware solve is of use if it promises less than this share of the parameter error
 GOOD_NOISE = 0.005  # and so is an expected change of the parameters, by the rounding of what is stored, above this
 GOOD_SHARE = 0.1  # and so is an error of the parameters above this share of what their average differs from them by
 
@@ -45,7 +47,8 @@ class Certificate:
     the profile, if they move like a random walk as far as they were measured to, and from rounding. `movement` is what
     the wanted average differs from the parameters at its end by, in the same unit. Both are None if movement was not
     measured, or coefficients were given. For 16-bit snapshots coefficients are then `noise_aware`: they make the
-    parameter error least, and not the profile error.
+    parameter error least, and not the profile error, except where least squares are good and not clearly worse.
+    Tensors count by how much they move.
     """
 
     profile_error: float
@@ -67,7 +70,7 @@ class Certificate:
     def good(self) -> bool:
         """Whether there is nothing to warn of: `GOOD_ERROR` and `GOOD_NOISE`, or `GOOD_SHARE` if noise-aware."""
         if self.noise_aware and self.parameter_error is not None and self.movement is not None:
-            return self.parameter_error <= GOOD_SHARE * self.movement
+            return self.parameter_error <= GOOD_SHARE * self.movement and self.profile_error <= _POOR_ERROR
         return _is_good(self.profile_error, self.rounding_noise)
 
 
@@ -160,16 +163,17 @@ def announce(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         certificate, what = recipe.certificate, f"{recipe.target} at t={recipe.t}"
         suggestion = f"; {certificate.suggestion}" if certificate.suggestion else ""
-        if not certificate.noise_aware and certificate.profile_error > GOOD_ERROR:
+        limit = _POOR_ERROR if certificate.noise_aware else GOOD_ERROR
+        if certificate.profile_error > limit:
             stored = recipe.newest.t
             _log.warning(
                 "%s: the profile error is %.1f%%, above %g%%; %s would be more exact%s", what,
-                100 * certificate.profile_error, 100 * GOOD_ERROR,
+                100 * certificate.profile_error, 100 * limit,
                 f"t={stored}, where a snapshot is," if stored != recipe.t
                 else "more snapshots, or an average nearer to the tracked ones,",
                 suggestion,
             )  # fmt: skip
-        if certificate.noise_aware and not certificate.good:
+        elif certificate.noise_aware and not certificate.good:
             off, movement = certificate.parameter_error or 0.0, certificate.movement or 0.0
             _log.warning(
                 "%s: parameters are off by about %.2g%%, and this average differs from those at its end by %.2g%%; %s "
@@ -220,11 +224,13 @@ def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
     lost = [s for s in run.snapshots if s.problem and s.t <= t]
     profiles, aim = _profiles(run, stored), resolve(target, t - run.info.origin)
     times = _times(run) if run.info.imported else None
-    x, errors = _fit(profiles, [aim], times, noise)
+    roundings = np.array([_rounding(s) for _, s in stored])
+    x, errors, aware = _fit(profiles, [aim], times, noise, roundings)
     terms, with_all = _terms(run, zip(stored, x[:, 0].tolist(), strict=True)), errors
     if lost:
         more = _profiles(run, _averages(run, lost))
-        with_all = _fit([*profiles, *more], [aim], times, noise and noise.with_more(len(more)))[1]
+        all_roundings = np.append(roundings, np.full(len(more), roundings[-1]))
+        with_all = _fit([*profiles, *more], [aim], times, noise and noise.with_more(len(more)), all_roundings)[1]
     certificate = replace(
         _certificate(terms),
         profile_error=float(errors[0]),
@@ -237,19 +243,26 @@ def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
     if noise is not None:
         off, movement = noise.judge(profiles, x, [aim])
         certificate = replace(
-            certificate, parameter_error=float(off[0]), movement=float(movement[0]), noise_aware=noise.matters
+            certificate, parameter_error=float(off[0]), movement=float(movement[0]), noise_aware=bool(aware[0])
         )
     if not certificate.good:
-        roundings = np.array([_rounding(s) for _, s in stored])
         certificate = replace(certificate, suggestion=_suggestion(target, aim.t, profiles, roundings, times, noise))
     return Recipe(target, t, terms, newest, certificate)
 
 
 def _fit(
-    stored: Sequence[Stored], aims: Sequence[Profile], times: Array | None, noise: Noise | None
-) -> tuple[Array, Array]:
-    """Coefficients and profile errors. Runs of before noise was measured keep their recipes, and so their bits."""
-    return noise.fit(stored, aims) if noise and noise.matters else profile.fit(stored, aims, times)
+    stored: Sequence[Stored], aims: Sequence[Profile], times: Array | None, noise: Noise | None, roundings: Array
+) -> tuple[Array, Array, Array]:
+    """Coefficients, profile errors, and which are noise-aware. Runs of before noise was measured keep their bits."""
+    x, errors = profile.fit(stored, aims, times)
+    if not (noise and noise.matters):
+        return x, errors, np.zeros(len(aims), dtype=bool)
+    other, other_errors = noise.fit(stored, aims)
+    # What was measured is of all tensors together: where least squares are good for each, that must be of clear use.
+    quiet = np.linalg.norm(x * roundings[:, None], axis=0) <= GOOD_NOISE
+    useless = noise.judge(stored, other, aims)[0] > _CLEARLY * noise.judge(stored, x, aims)[0]
+    plain = quiet & ((other_errors > _POOR_ERROR) | (useless & (errors <= GOOD_ERROR))) & (x != other).any(axis=0)
+    return np.where(plain, x, other), np.where(plain, errors, other_errors), ~plain
 
 
 def _given(run: Run, target: Explicit) -> Recipe:
@@ -337,10 +350,10 @@ def _suggestion(
             continue
     if not near:
         return ""
-    x, errors = _fit(profiles, aims, times, noise)
-    if noise and noise.matters:
+    x, errors, aware = _fit(profiles, aims, times, noise, roundings)
+    if noise and aware.any():
         off, movements = noise.judge(profiles, x, aims)
-        good = np.flatnonzero(off <= GOOD_SHARE * movements)
+        good = np.flatnonzero(np.logical_and.reduce([aware, off <= GOOD_SHARE * movements, errors <= _POOR_ERROR]))
         return f"{near[good[0]]} would be good ({off[good[0]]:.2%} of {movements[good[0]]:.2%})" if len(good) else ""
     noises = np.linalg.norm(x * roundings[:, None], axis=0)
     for other, error, rounding in zip(near, errors.tolist(), noises.tolist(), strict=True):

@@ -5,6 +5,7 @@ There is one set of them, made once and reused, so a snapshot costs a copy and n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from phema_dist.storage.snapshot import Image, make_images
 if TYPE_CHECKING:
     from phema_dist.training.staging import Segment
     from phema_dist.training.tracker import Tracker
+
+_BLOCK = 1 << 20  # elements that are measured at a time
+_STILL = 2.0**-20  # movement by the size of a tensor
 
 
 class SnapshotBuffers:
@@ -52,6 +56,25 @@ class SnapshotBuffers:
                 torch._foreach_copy_(targets, values)  # one call, not 5 000
         return widened
 
+    @torch.no_grad()
+    def measure(self) -> tuple[int, float, float, float, float]:
+        """Numel and sums as in `Measured`, of the float32 averages that are stored in `checkpoint_dtype`.
+
+        Tensor by tensor: the time of reading them once, and memory for a part of one.
+        """
+        numel, squares, moved, moving_squares, moving_moved = 0, 0.0, 0.0, 0.0, 0.0
+        ends = self._tracker.averages[0], self._tracker.averages[-1]
+        for s, (segment, *flats) in enumerate(zip(self._tracker.segments, *ends, strict=True)):
+            sizes = [piece.box.numel for piece in segment.pieces]
+            for p, (first, last) in enumerate(zip(*(torch.split(flat, sizes) for flat in flats), strict=True)):
+                if not first.numel() or segment.average_dtype != torch.float32 or (s, p) in self._wide:
+                    continue
+                square, way = _squares(first, last)
+                numel, squares, moved = numel + first.numel(), squares + square, moved + way
+                moving_squares += way / first.numel() * square
+                moving_moved += way / first.numel() * way
+        return numel, squares, moved, moving_squares, moving_moved
+
     def _make(self) -> None:
         """Lay out the files anew."""
         self.files: list[list[Image]] = []  # first, so that old and new ones are never there together
@@ -87,6 +110,21 @@ class SnapshotBuffers:
             self._wide |= found
             self._make()
         return [self._segments[s].pieces[p].info.fqn for s, p in new]
+
+
+def _squares(first: torch.Tensor, last: torch.Tensor) -> tuple[float, float]:
+    """Sums of squares of an average, and of its way to another, block by block."""
+    square, way = 0.0, 0.0
+    for a, b in zip(torch.split(first, _BLOCK), torch.split(last, _BLOCK), strict=True):
+        square += _sum_of_squares(a)
+        way += _sum_of_squares(a - b)
+    # What seems to move less is at rest: two float32 averages of one number differ by their rounding.
+    return square, way if way > square * _STILL**2 else 0.0
+
+
+def _sum_of_squares(block: torch.Tensor) -> float:
+    total = float(block.dot(block))
+    return total if math.isfinite(total) else float(block.double().square_().sum())  # above 1e19 they overflow
 
 
 def _exceeds(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ from phema_dist.errors import StorageError, SupersededError
 from phema_dist.storage import run as runs
 from phema_dist.storage.gc import dead_puts, left_behind, not_kept, partials
 from phema_dist.storage.manifest import Attempt, attempt_key
-from phema_dist.storage.pins import pinned
+from phema_dist.storage.pins import delete_unpinned
 
 if TYPE_CHECKING:
     from phema_dist.storage.store import Store
@@ -117,11 +117,10 @@ def tidy(place: Place, t: int, known: runs.Known, told: set[int], swept: set[int
     _tell_incomplete(place, run, t, told)
     surplus = not_kept(run, place.max_checkpoints, t, place.retention)
     unwanted = {s.folder: s for s in (*partials(run), *left_behind(run), *surplus)}
-    for number, (folder, snapshot) in enumerate(unwanted.items()):
+    for number, snapshot in enumerate(unwanted.values()):
         if number:  # the others took their time
             check_not_superseded(place)
-        if snapshot.t not in pinned(place.store):  # since we looked
-            runs.delete_snapshot(place.store, folder)
+        delete_unpinned(place.store, snapshot)
     newest = run.newest()
     if newest is not None:
         kept = (s for s in run.complete if s.t < newest.t and s.folder not in unwanted)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from phema_dist.errors import SettingsError
+from phema_dist.prediction import Plan
 from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.schedule import check_retention
-
-if TYPE_CHECKING:
-    from phema_dist.prediction import Plan
 
 DEFAULT_SIGMA_RELS = (0.05, 0.28)
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,10 +62,12 @@ def planned(settings: Settings, plan: Plan | None) -> Settings:
     """The settings with what a plan says; what is still the default counts as not chosen.
 
     Raises:
-        SettingsError: something was chosen that is not the plan's; names it.
+        SettingsError: it is no plan, or something was chosen that is not the plan's; names it.
     """
     if plan is None:
         return settings
+    if not isinstance(plan, Plan):
+        raise SettingsError(f"plan must be what phema_dist.plan returns; got {type(plan).__name__}: pass it unchanged.")
     wanted: dict[str, Any] = {
         "max_checkpoints": plan.max_checkpoints,
         "sigma_rels": plan.sigma_rels,

@@ -51,11 +51,11 @@ def describe(counts: Counts, t: int = 0, lag: int = 0, stopped: str | None = Non
     }
 
 
-def measured(counts: Counts, lag: int, numel: int, squares: float, moved: float) -> Measured | None:
-    """What a manifest says of this moment, with what `Tracker.measure` found; None if that is beyond any document."""
-    if not math.isfinite(squares + moved):
+def measured(counts: Counts, lag: int, numel: int, squares: float, moved: float, *moving: float) -> Measured | None:
+    """What a manifest says now, with what `SnapshotBuffers.measure` found; None if that is beyond any document."""
+    if not math.isfinite(math.fsum((squares, moved, *moving))):
         return None
     return Measured(
         time.time(), numel, squares, moved, lag, counts.stall_seconds, counts.updates_skipped, counts.updates_refused,
-        counts.skipped, counts.failed,
+        counts.skipped, counts.failed, *moving,
     )  # fmt: skip

@@ -6,7 +6,6 @@ was really applied. So skipped updates, another cadence and a resume are exact w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -81,32 +80,7 @@ class Tracker:
         self.history.append(t)
         return True
 
-    @torch.no_grad()
-    def measure(self) -> tuple[int, float, float]:
-        """Of the float32 averages, first profile: how many, the sum of their squares, and of their way to the last one.
-
-        In one pass, block by block: the time of reading them once, and memory for one block.
-        """
-        numel, squares, moved = 0, 0.0, 0.0
-        pairs = [
-            pair for pair in zip(self.averages[0], self.averages[-1], strict=True) if pair[0].dtype == torch.float32
-        ]
-        scratch = torch.empty(min(_BLOCK, max((a.numel() for a, _ in pairs), default=0)), device="cpu")
-        for first, last in pairs:
-            numel += first.numel()
-            for i in range(0, first.numel(), _BLOCK):
-                a, b = first[i : i + _BLOCK], last[i : i + _BLOCK]
-                squares += _sum_of_squares(a)
-                if first is not last:
-                    moved += _sum_of_squares(torch.sub(a, b, out=scratch[: a.numel()]))
-        return numel, squares, moved
-
 
 def _is_finite(block: torch.Tensor) -> bool:
     # A sum is one pass at the speed of memory, isfinite() several; a sum can also overflow without a single infinity.
     return bool(block.sum().isfinite()) or bool(block.isfinite().all())
-
-
-def _sum_of_squares(block: torch.Tensor) -> float:
-    total = float(block.dot(block))
-    return total if math.isfinite(total) else float(block.double().square_().sum())  # above 1e19 they overflow

@@ -289,17 +289,19 @@ class Writer:
         if self._grid.narrow():
             every = f"one snapshot in {self._grid.every}" if self._grid.every > 1 else "every snapshot"
             self._place.warn(update.t, f"storage is quicker now; {every} is taken")
+        sums = (0, 0.0, 0.0, 0.0, 0.0)
         if refused is None:
             for fqn in self._buffers.fill(staged):
                 self._place.warn(
                     update.t, f"{fqn}: its averages exceed the range of {self._dtype}; stored as F32 from now on"
                 )
+            sums = self._buffers.measure()
         place = self._place
         manifest = Manifest(
             FORMAT, update.t, place.attempt.number, place.attempt.token, place.rank, place.attempt.world_size,
             update.calls, self._tracker.history.knots if place.rank == 0 else (), self._dtype, BLOCK_BYTES,
             files=(), refused=refused,
-            measured=measured(self.counts, self._averages.num_pending, *self._tracker.measure()),
+            measured=measured(self.counts, self._averages.num_pending, *sums),
         )  # fmt: skip
         self._storage.submit(manifest)
 
