@@ -27,6 +27,7 @@ from phema_dist.schedule import reconstruction_errors
 
 RANGES = ((0.05, 0.20), (0.05, 0.28), (0.02, 0.15))
 GRID = 24
+FINE = 80  # of targets to measure: bumps between tracked sigma_rels may be narrow
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def measured(chosen: Plan) -> float:
     """The worst error of a real run, against averages tracked directly, over the updates it made."""
     model = nn.Linear(chosen.steps + 1, 1, bias=False, dtype=torch.float64)
     times = update_times(chosen)
-    targets = np.geomspace(*chosen.sigma_rel_range, GRID).tolist()
+    targets = np.geomspace(*chosen.sigma_rel_range, FINE).tolist()
     with tempfile.TemporaryDirectory() as folder:
         with PostHocEMA.from_model(model, Path(folder) / "run", plan=chosen) as ema, torch.no_grad():
             for t in range(1, chosen.steps + 1):
