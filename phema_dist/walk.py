@@ -69,8 +69,8 @@ def fit(stored: Sequence[Stored], targets: Sequence[Profile], times: Array, step
 
     It is the noise-aware counterpart of `profile.fit`: V |profile error|^2 + |s x|^2, where V is no number, but v times
     the square of the integral, because parameters are changed by what a profile lacks over a while and not by how it
-    ripples between snapshots. A number V, even the best one for each target with hindsight, was worse for every 16-bit
-    average that benchmarks/noise.py solves for.
+    ripples between snapshots. A number V, even the best one for each target with hindsight, was no better for any
+    16-bit average that benchmarks/noise.py solves for.
 
     Args:
         stored: Profiles of the stored averages.
