@@ -565,7 +565,8 @@ def test_an_upload_whose_beginning_is_answered_after_the_deadline_is_aborted(
     monkeypatch: pytest.MonkeyPatch,
     far: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr("phema_dist.storage.s3.ABORT_SECONDS", 10.0)
+    for module in ("remote", "s3"):
+        monkeypatch.setattr(f"phema_dist.storage.{module}.ABORT_SECONDS", 10.0)
     store = open_store(s3_url[0], far, deadline_seconds=1)  # of a put: 3/2 seconds a try
     proxy.latency_seconds = 1.0  # each way
     with pytest.raises(StorageError, match=r"writing .*/late: failed after"):
