@@ -14,9 +14,9 @@ from phema_dist import profile, schedule
 from phema_dist.errors import ProfileError, SettingsError
 from phema_dist.prediction import HALF_ULP, ITEMSIZE, Plan, predict, snapshot_bytes
 from phema_dist.profile import PowerProfile
+from phema_dist.walk import GOOD_NOISE
 
 GOOD_ERROR = 0.01  # a plan whose worst error, from half of the run on, is at most this needs no more snapshots
-GOOD_NOISE = 0.005  # expected change of parameters by rounding, relative; what a certificate warns of
 
 _MOST_SNAPSHOTS = 200  # a synthesis reads them all
 _SEARCH_SNAPSHOTS = 20  # the best sigma_rels hardly depend on the number of snapshots

@@ -20,6 +20,7 @@ import numpy as np
 
 from phema_dist.profile import Array, Profile, Stored, constrained_least_squares
 
+GOOD_NOISE = 0.005  # an expected relative change of the parameters, by rounding, above this is worth a warning
 _MOST_TIMES = 4096  # about 40 in the shortest average that people want, 0.01 of a run
 _NUM_STEPS = 30  # of Richardson-Lucy: more would follow the noise of what was measured
 

@@ -18,9 +18,10 @@ from phema_dist.profile import Array
 from phema_dist.storage.run import Run, open_run
 from phema_dist.storage.store import open_store
 from phema_dist.synthesis.consolidate import empty_state, fill_states
-from phema_dist.synthesis.recipe import GOOD_ERROR, GOOD_NOISE, Recipe, announce, plan, stored_recipe
+from phema_dist.synthesis.recipe import GOOD_ERROR, Recipe, announce, plan, stored_recipe
 from phema_dist.synthesis.stream import stream
 from phema_dist.target import ConstantBeta, Explicit, Power, Target, UniformTail, neighbours
+from phema_dist.walk import GOOD_NOISE
 
 NUM_UPDATES = 400
 CADENCES = {

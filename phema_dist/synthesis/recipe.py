@@ -19,6 +19,7 @@ from phema_dist.storage.snapshot import HALF_ULP
 from phema_dist.synthesis.noise import Noise, noise_of
 from phema_dist.synthesis.sums import BATCH
 from phema_dist.target import ConstantBeta, Explicit, Power, Shape, Target, as_target, neighbours, resolve
+from phema_dist.walk import GOOD_NOISE
 
 if TYPE_CHECKING:
     from phema_dist.storage.run import Run, Snapshot
@@ -28,7 +29,6 @@ GOOD_ERROR = 0.05  # a profile error above this is worth a warning
 GOOD_BIAS = 0.01  # and so is it if somebody's own EMA would differ by this share of the first parameters
 _POOR_ERROR = 0.5  # and a profile error above this is, whatever is promised of parameters
 _CLEARLY = 0.9  # a noise-aware solve is of use if it promises less than this share of the parameter error
-GOOD_NOISE = 0.005  # and so is an expected change of the parameters, by the rounding of what is stored, above this
 GOOD_SHARE = 0.1  # and so is an error of the parameters above this share of what their average differs from them by
 
 

@@ -67,7 +67,7 @@ class SnapshotBuffers:
         for s, (segment, *flats) in enumerate(zip(self._tracker.segments, *ends, strict=True)):
             sizes = [piece.box.numel for piece in segment.pieces]
             for p, (first, last) in enumerate(zip(*(torch.split(flat, sizes) for flat in flats), strict=True)):
-                if not first.numel() or segment.average_dtype != torch.float32 or (s, p) in self._wide:
+                if not first.numel() or not self._is_narrow(segment, s, p):
                     continue
                 square, way = _squares(first, last)
                 numel, squares, moved = numel + first.numel(), squares + square, moved + way
@@ -91,8 +91,11 @@ class SnapshotBuffers:
 
     def _dtype(self, s: int, p: int) -> torch.dtype:
         segment = self._segments[s]
-        narrow = segment.averaged and segment.average_dtype == torch.float32 and (s, p) not in self._wide
-        return self._narrow if narrow else segment.average_dtype
+        return self._narrow if segment.averaged and self._is_narrow(segment, s, p) else segment.average_dtype
+
+    def _is_narrow(self, segment: Segment, s: int, p: int) -> bool:
+        """Whether a piece's averages are stored in `checkpoint_dtype`."""
+        return segment.average_dtype == torch.float32 and (s, p) not in self._wide
 
     def _widen(self) -> list[str]:
         if self._narrow == torch.float32:
