@@ -62,7 +62,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[s3,plot,demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[s3,plot,lightning,transformers,demo,docs,dev]'
 	touch $(READY)
 
 clean:
