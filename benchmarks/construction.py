@@ -27,7 +27,7 @@ import xxhash
 from phema_dist.ranks import Ranks
 from phema_dist.shard import Box, Int64s, boxes_of
 from phema_dist.storage.manifest import BUFFER, PARAMETER
-from phema_dist.training import ownership
+from phema_dist.training import holders, ownership
 from phema_dist.training.layout import Layout, LocalTensor, TensorInfo
 
 WORLDS = [(1024, 1), (128, 8), (512, 2), (1, 1024)]  # shards and replicas: FSDP2, HSDP twice, DDP
@@ -103,7 +103,7 @@ def script(world: World, layout: Layout, packing_seconds: list[float]) -> Iterat
     yield lambda _: [[ownership.pack_tensors(layout)], *[[]] * (world.size - 1)]
 
     begin = time.perf_counter()
-    packed = [ownership.pack(table, len(layout.infos), world.size) for table in world.tables()]
+    packed = [holders.pack(table, len(layout.infos), world.size) for table in world.tables()]
     packing_seconds.append(time.perf_counter() - begin)
     digests = [xxhash.xxh3_128_digest(b"".join(chunks)) for chunks in packed]
     yield lambda mine: [(digest, None) for digest in digests[: world.size if mine[0] in digests else 0]]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from phema_dist.errors import SettingsError
-from phema_dist.evaluation import StoredAverages, restore
+from phema_dist.filling import restore
 from phema_dist.ranks import Ranks, join
 from phema_dist.storage import pins
 from phema_dist.storage import run as runs
 from phema_dist.storage.store import open_store
+from phema_dist.switching import SwitchingAverages
 from phema_dist.training.attach import Attachment
 from phema_dist.training.session import Session, begin
 from phema_dist.training.settings import Settings, check_resume, floats, integer, planned, sum_dtype
@@ -34,12 +35,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger("phema_dist")
 
 
-class PostHocEMA(StoredAverages):
+class PostHocEMA(SwitchingAverages):
     """Averages of a model while it trains, and an average of any length afterwards.
 
     Make one with `from_model` to train, or with `from_path` to read a run. Under torchrun, make it on every rank and
-    call its methods on every rank. `update_` and `close` never communicate; `model` and `state_dict` do, on an object
-    that trains.
+    call `update_` and `close` on every rank, which never communicate; what does says so.
     """
 
     def __init__(self, store: Store, settings: Settings, calculation_dtype: torch.dtype = torch.float32) -> None:
@@ -101,8 +101,8 @@ class PostHocEMA(StoredAverages):
                 (pipeline stages, local experts).
             on_error: "warn": a snapshot that cannot be stored is lost, and training goes on. "raise": the rank that
                 lost its part also raises StorageError, once, at the next `update_` or `close`, which have then done
-                their work (catch it to go on without that snapshot), or on all ranks at the next `model` or
-                `state_dict`.
+                their work (catch it to go on without that snapshot), or at the next `model` or `state_dict` (on all
+                ranks, where these are collective).
             on_busy: "wait" for an update that comes while the two before it are still being taken in, or "skip" it,
                 which is exact for the profile; the update of a snapshot is never skipped. Ranks skip each for itself;
                 so with "skip", `close` and `training_state` bring the averages up to the last call of `update_`, from
@@ -337,7 +337,9 @@ class PostHocEMA(StoredAverages):
         if self._closed:
             raise SettingsError("this PostHocEMA is closed; make a new one with resume=True to go on.")
         if self._borrowed:
-            raise SettingsError("an update inside `with ema.model(...)` would average an average; make it outside.")
+            raise SettingsError(
+                "inside `with ema.model(...)` the parameters are an average: train, update and switch outside."
+            )
         if self._session is not None:
             return self._session
         model = self._model if model is None else model

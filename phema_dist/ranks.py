@@ -1,7 +1,7 @@
 """Every collective of the library: this rank's place in its group, and what ranks tell each other.
 
 Collectives happen on the main thread and only in calls whose docstring says so; no thread of ours ever enters one.
-All of them carry small Python objects over gloo, so no accelerator is touched.
+All of them carry small Python objects, or host memory, over gloo, so no accelerator is touched.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
 from phema_dist.errors import PhemaError, SettingsError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -89,6 +92,17 @@ class Ranks:
             kind, text = answer[1]
             raise kind(f"rank 0: {text}")
         return answer[0]  # type: ignore[no-any-return]
+
+    def swap(self, to: int, sent: torch.Tensor | None, source: int, received: torch.Tensor | None) -> None:
+        """Collective of pairs: send flat host memory to one rank while filling some with what another one sends."""
+        works = []
+        if sent is not None:
+            works.append(dist.isend(sent, group=self.group, group_dst=to))
+        if received is not None:
+            works.append(dist.irecv(received, group=self.group, group_src=source))
+        for work in works:
+            if work is not None:
+                work.wait()
 
 
 def _portable(error: Exception) -> tuple[type[PhemaError], str]:

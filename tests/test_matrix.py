@@ -283,8 +283,9 @@ def use(model: nn.Module, folder: str) -> None:
     with torch.no_grad():
         getattr(model, "module", model).layer.weight.add_(dist.get_rank())
     ema.update_(model)
-    with ema.state_dict(0.28):
-        ema.close()
+    with ema.model(model, 0.28, exchange=True):
+        pass
+    ema.close()
 
 
 @pytest.mark.parametrize("kind", ["stages", "ddp stages"])

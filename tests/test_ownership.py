@@ -30,7 +30,7 @@ from phema_dist.errors import LayoutError
 from phema_dist.ranks import ALONE, Ranks, join
 from phema_dist.shard import Box, flat_range_to_boxes, whole
 from phema_dist.storage.manifest import BUFFER, PARAMETER
-from phema_dist.training import ownership
+from phema_dist.training import holders
 from phema_dist.training.layout import Layout, LocalTensor, TensorInfo
 from phema_dist.training.ownership import Ownership, agree
 
@@ -196,7 +196,7 @@ def test_every_element_has_one_owner_and_nested_groups_are_levelled(world: list[
         tensors.extend(rows(ALWAYS, rank, 4))
     layouts = [layout(tensors) for tensors in world]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ownership, "_BOXES_AT_ONCE", at_once)  # as if there were many tensors
+        patch.setattr(holders, "_BOXES_AT_ONCE", at_once)  # as if there were many tensors
         found = owned(layouts)
     check_owners(layouts, found)
 
@@ -258,7 +258,7 @@ def test_ranks_take_their_shares_in_order_whatever_else_they_hold() -> None:
 def test_boxes_are_looked_at_one_by_one_only_where_sums_say_that_something_is_wrong(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ownership, "check_exact_cover", None)
+    monkeypatch.setattr(holders, "check_exact_cover", None)
     layouts = [layout(t for i in range(9) for t in rows(parameter(f"layers.{i}", 5, 1 + i), r, 3)) for r in range(3)]
     check_owners(layouts, owned(layouts))
 
@@ -467,7 +467,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[Layout]], str]] = {
 @pytest.mark.parametrize("at_once", [1, 1 << 16])
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_named_alike_on_every_rank(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "_BOXES_AT_ONCE", at_once)
+    monkeypatch.setattr(holders, "_BOXES_AT_ONCE", at_once)
     make, pattern = MISTAKES[name]
     told = [outcome for outcome, _ in in_threads(make())]
     for outcome in told:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from phema_dist.errors import StorageError, SupersededError
 from phema_dist.storage import run as runs
+from phema_dist.storage.completeness import manifest_names
 from phema_dist.storage.gc import dead_puts, left_behind, not_kept, partials
-from phema_dist.storage.manifest import Attempt, attempt_key
+from phema_dist.storage.manifest import Attempt, attempt_key, snapshot_folder
 from phema_dist.storage.pins import delete_unpinned
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("phema_dist")
 _QUICK = 0.75  # a put that takes up to this share of the time between snapshots keeps up with them
 _LARGEST_EVERY = 1024
+_SECONDS_FOR_OTHERS = 30.0  # to store what this rank has stored
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,19 @@ class Grid:
         while self.every > 1 and self.put_seconds < _QUICK * self.interval * (self.every // 2):
             self.every //= 2
         return self.every < before
+
+
+def wait_until_complete(place: Place, t: int, seconds: float = _SECONDS_FOR_OTHERS) -> bool:
+    """Wait until all ranks have stored their parts of this attempt's snapshot at t; False after `seconds`."""
+    folder = snapshot_folder(t, place.attempt.number)
+    manifests = {f"{folder}/{name}" for name in manifest_names(place.attempt.world_size)}
+    end, pause = time.monotonic() + seconds, 0.02
+    while not manifests <= place.store.list(folder).keys():
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
+    return True
 
 
 def check_not_superseded(place: Place, run: runs.Run | None = None) -> None:

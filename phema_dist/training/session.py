@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from phema_dist.ranks import Ranks
+    from phema_dist.shard import Box
     from phema_dist.storage.store import Store
 
 
@@ -63,7 +64,7 @@ class Session:
         self, model: nn.Module, layout: Layout, ownership: Ownership, settings: Settings, found: Found
     ) -> None:
         self.info, self.parent, self.t = found.info, found.parent, 0
-        self.assumed = ownership.assumed
+        self.assumed, self.shared = ownership.assumed, ownership.shared
         self._calls, self._settings, self._origin = 0, settings, found.info.origin
         self._model, self._layout = model, layout
         self._shapes = {fqn: info.shape for fqn, info in layout.infos.items()}
@@ -82,6 +83,40 @@ class Session:
     def num_skipped(self) -> int:
         """Rounds of `attach` that `t` counts and that were no steps; waits for the device."""
         return int(self._skips[0]) if self._counted and self._skips is not None else 0
+
+    @property
+    def calls(self) -> int:
+        """Calls of `update`, also those before a resume."""
+        return self._calls
+
+    @property
+    def model(self) -> nn.Module:
+        """What was passed last."""
+        return self._model
+
+    def has(self, fqn: str) -> bool:
+        """Whether this rank's model has a tensor of this name."""
+        return fqn in self._layout.infos
+
+    def present_time(self, layout: Layout) -> int | None:
+        """Time of the averages, if they are there now for a model that lies here as this layout; after `settle`.
+
+        None before the first update of this job, and if the last one was refused.
+        """
+        mine, theirs = ({(tensor.info.fqn, tensor.box) for tensor in of.tensors} for of in (self._layout, layout))
+        return self.tracker.t if self.writer.staged is not None and mine == theirs else None
+
+    def average(self, sigma_rel: float) -> dict[str, list[tuple[Box, torch.Tensor]]]:
+        """What this rank owns of a tracked average as it is now, and of buffers; until the next update.
+
+        By tensor, the boxes and their values in host memory, in `average_dtype`.
+        """
+        owned = self.tracker.boxes()[self.info.sigma_rels.index(sigma_rel)]
+        for segment, flat in zip(self.segments, self.writer.staged or (), strict=True):
+            if not segment.averaged:
+                for piece, values in zip(segment.pieces, segment.views(flat), strict=True):
+                    owned.setdefault(piece.info.fqn, []).append((piece.box, values))
+        return owned
 
     def start(self, place: Place) -> None:
         """Begin to average."""

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import nn
 
 from phema_dist.errors import LayoutError
-from phema_dist.shard import intersect
+from phema_dist.shard import Box, intersect
 from phema_dist.training.wrappers import reshard
 
 if TYPE_CHECKING:
     from phema_dist.ranks import Ranks
-    from phema_dist.shard import Box
     from phema_dist.training.layout import Layout, LocalTensor
 
 
-@contextmanager
-def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Callable[[str, Box, torch.Tensor], None]]:
-    """Put the model in eval mode and yield a function that writes a box of a tensor into this rank's storage.
+Write: TypeAlias = Callable[[str, Box, torch.Tensor], None]
 
-    On any exit the model gets back its parameters, all its buffers and every module's training flag. The own values
-    wait in host memory, so the accelerator holds nothing more. Collective on the way in; the way back never is.
-    """
+
+def into(layout: Layout) -> Write:
+    """A function that writes a box of a tensor into this rank's storage of a model that holds its shards."""
     held: dict[str, list[LocalTensor]] = {}
     for tensor in layout.tensors:
         held.setdefault(tensor.info.fqn, []).append(tensor)
-    ranks.each(lambda: reshard(model))
-    backup, buffers = ranks.each(lambda: (_own_parameters(layout), _own_buffers(model)))
-    flags = [(module, module.training) for module in model.modules()]
 
     @torch.no_grad()
     def write(fqn: str, box: Box, values: torch.Tensor) -> None:
@@ -39,9 +33,22 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Callable
             if intersect(tensor.box, box) == box:
                 tensor.local()[box.relative_to(tensor.box)].copy_(values)
 
+    return write
+
+
+@contextmanager
+def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Write]:
+    """Put the model in eval mode and yield a function that writes a box of a tensor into this rank's storage.
+
+    On any exit the model gets back its parameters, all its buffers and every module's training flag. The own values
+    wait in host memory, so the accelerator holds nothing more. Collective on the way in; the way back never is.
+    """
+    ranks.each(lambda: reshard(model))
+    backup, buffers = ranks.each(lambda: (_own_parameters(layout), _own_buffers(model)))
+    flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        yield write
+        yield into(layout)
     finally:
         for module, flag in flags:
             module.training = flag

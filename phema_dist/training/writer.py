@@ -24,7 +24,7 @@ from phema_dist.storage.manifest import BLOCK_BYTES, FORMAT, Manifest
 from phema_dist.storage.snapshot import DTYPE_NAMES
 from phema_dist.training import ends
 from phema_dist.training.buffers import SnapshotBuffers
-from phema_dist.training.policy import Grid, Place
+from phema_dist.training.policy import Grid, Place, wait_until_complete
 from phema_dist.training.staging import NUM_SLOTS, Staging
 from phema_dist.training.status import Counts, Status, describe, measured
 from phema_dist.training.storing import Storing
@@ -73,6 +73,7 @@ class Writer:
         self._num_updates = self._snapshot_t = 0
         self._num_refused = 0  # in a row
         self._last: Update | None = None
+        self._slot: int | None = None  # of what the averages took in last; None if they refused it
         self._grid = Grid()
         self._hurried = False  # training waits for the averages
         self._ended: str | None = None  # why there are no more updates
@@ -89,6 +90,11 @@ class Writer:
     def name(self) -> str:
         """The run, and this rank."""
         return f"{self._place.store.url}, rank {self._place.rank}"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was closed or abandoned."""
+        return self._ended is not None
 
     @property
     def is_busy(self) -> bool:
@@ -168,8 +174,26 @@ class Writer:
     def go_on(self, place: Place) -> None:
         """Write as another attempt from now on; nothing may be queued."""
         self._place = self._storing.place = place
-        self._last, self._snapshot_t, self._storing.unstored = None, 0, None
+        self._last, self._snapshot_t, self._storing.unstored, self._slot = None, 0, None, None
         self.counts.no_steps, self.counts.last_complete = 0, None
+
+    @property
+    def staged(self) -> list[torch.Tensor] | None:
+        """What the averages took in last, a flat tensor for each segment, until the next update; after `settle`.
+
+        None before the first update of this job, and if they refused the last one.
+        """
+        return None if self._slot is None else self._staging.slots[self._slot]
+
+    def wait_for_others(self) -> None:
+        """Wait until the newest snapshot of this rank is complete: until the others have stored their parts, too.
+
+        Not collective: it looks in storage. For a while only, then it is logged: they may have lost theirs.
+        """
+        t = self.counts.last_written
+        if t is not None and not wait_until_complete(self._place, t):
+            text = "other ranks have not stored their parts so far; an older snapshot is used where this one is needed"
+            self._place.warn(t, text)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until everything queued is in the averages and in storage; False after `timeout` seconds.
@@ -260,10 +284,12 @@ class Writer:
         averaged = [flat for segment, flat in zip(self._segments, staged, strict=True) if segment.averaged]
         unchanged = was_no_step and not update.counted  # the user's t grew all the same: only a snapshot needs it
         due = update.snapshot if unchanged else not update.last
+        applied = True
         if due and t > self._tracker.t:
             applied = self._tracker.update(averaged, t)
             self.counts.updates += applied
             self._tell_refused(update.t, refused=not applied)
+        self._slot = update.slot if applied else None
         if update.snapshot and update.t > self._snapshot_t:
             self._snapshot(update, staged, None if self._tracker.t == t else "its parameters are not finite")
 

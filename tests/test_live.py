@@ -1,0 +1,521 @@
+"""Averages in a live model, for a while or for good: under any wrapper they have the bits of the checkpoint.
+
+From storage or from the averages as they are, by every rank for itself or shared among replicas, and training goes on
+from its own parameters, or from the average, as if nothing else had happened.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import outcome, run
+from test_distributed import SIGMA_RELS, State, inputs, names, no_collectives
+from test_matrix import KINDS, net_without, take_values
+from test_resharding import assert_holds, live
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from phema_dist import PostHocEMA, SynthesisReader, synthesize
+from phema_dist.errors import SettingsError, SnapshotError
+from phema_dist.training import exchange as exchanging
+from phema_dist.training import policy
+
+TRACKED, OTHER = SIGMA_RELS[0], 0.13
+# A forward of these needs more than Net has: inputs that are sharded, too, or one dtype.
+SILENT = {"tp", "fsdp2-tp", "fsdp2-mixed"}
+
+
+def forward(kind: str, model: nn.Module) -> torch.Tensor | None:
+    """After this without gradients, FSDP's root stays gathered: it would not look at its shards again."""
+    if kind in SILENT:
+        return None
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()  # or BatchNorm would take note
+    with torch.no_grad():
+        found = model(*inputs())
+    for module, flag in flags:
+        module.training = flag
+    return found
+
+
+def bits(model: nn.Module) -> State:
+    """All that this rank holds, cloned."""
+    if isinstance(model, FullyShardedDataParallel):
+        return {name: tensor.detach().clone() for name, tensor in live(model)}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    local = ((name, t._local_tensor if isinstance(t, DTensor) else t) for name, t in names(model))
+    return {name: tensor.detach().clone() for name, tensor in local}
+
+
+def same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def made(kind: str, folder: str, **settings: Any) -> tuple[nn.Module, PostHocEMA]:
+    model = KINDS[kind].wrap(net_without(KINDS[kind].without))
+    cadence = {"update_every": 1, "checkpoint_every": 5} | settings
+    return model, PostHocEMA.from_model(model, folder, sigma_rels=SIGMA_RELS, **cadence)
+
+
+def train(ema: PostHocEMA, model: nn.Module, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        take_values(model, step)
+        ema.update_(model)
+        ema._session.writer.drain()  # type: ignore[union-attr]  these steps take no time
+
+
+def learn(model: nn.Module, kind: str) -> State:
+    """Two steps of an optimizer."""
+    if forward(kind, model) is None:
+        return {}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for _ in range(2):
+        model(*inputs()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return bits(model)
+
+
+def evaluate_as(kind: str, folder: str) -> None:
+    model, ema = made(kind, folder)
+    twin, loaded = (KINDS[kind].wrap(net_without(KINDS[kind].without)) for _ in range(2))
+    train(ema, model, 1, 11)  # snapshots at 5 and 10
+    take_values(twin, 11)
+    dist.barrier()
+    stored = {s.sigma_rel: s.state_dict for s in synthesize(folder, [TRACKED, OTHER], t=10)}
+    assert forward(kind, model) is None or kind not in SILENT
+    own, flags = bits(model), [module.training for module in model.modules()]
+
+    for sigma_rel, settings in [(TRACKED, {"step": 10}), (OTHER, {}), (OTHER, {"exchange": True})]:
+        forward(kind, model)
+        with ema.model(model, sigma_rel, **settings):
+            assert_holds(model, stored[sigma_rel])
+            averaged = forward(kind, model)
+        assert same(bits(model), own)
+        assert [module.training for module in model.modules()] == flags
+    if averaged is not None:
+        state = get_model_state_dict(loaded)
+        dcp.load(state, storage_reader=SynthesisReader(folder, OTHER))
+        set_model_state_dict(loaded, state)
+        loaded.eval()
+        expected = forward(kind, loaded)
+        assert expected is not None
+        assert torch.equal(averaged, expected)
+
+    inside = []
+    for _ in range(2):
+        forward(kind, model)
+        with ema.model(model, TRACKED, exchange=True):  # as it is now: there is no snapshot at 11
+            inside.append(bits(model))
+    assert same(bits(model), own)
+    assert same(learn(model, kind), learn(twin, kind))
+    take_values(model, 11)
+    ema.close()  # a snapshot at 11
+    dist.barrier()
+    (now,) = synthesize(folder, [TRACKED])
+    assert now.t == 11
+    with PostHocEMA.from_path(folder).model(model, TRACKED):
+        assert_holds(model, now.state_dict)
+        assert all(same(each, bits(model)) for each in inside)
+
+
+def cases() -> list[tuple[str, int]]:
+    return [(kind, world_size) for kind in KINDS for world_size in KINDS[kind].worlds[:1]]
+
+
+@pytest.mark.parametrize(("kind", "world_size"), cases())
+@pytest.mark.filterwarnings("ignore")
+def test_any_wrapper_evaluates_the_bits_of_the_checkpoint_and_trains_on_as_if_it_had_not(
+    kind: str, world_size: int, tmp_path: Path
+) -> None:
+    run(world_size, evaluate_as, kind, str(tmp_path))
+
+
+def with_own_buffers(model: nn.Module, state: State) -> State:
+    return state | {name: buffer for name, buffer in bits(model).items() if name in buffers_of(model)}
+
+
+def buffers_of(model: nn.Module) -> set[str]:
+    return {name.replace("_fsdp_wrapped_module.", "").removeprefix("module.") for name, _ in model.named_buffers()}
+
+
+def switch_as(kind: str, folder: str) -> None:
+    model, ema = made(kind, folder)
+    train(ema, model, 1, 11)
+    dist.barrier()
+    (stored,) = synthesize(folder, [OTHER], t=10)
+    forward(kind, model)
+    ema.switch_(model, OTHER)
+    assert_holds(model, with_own_buffers(model, stored.state_dict))
+    assert model.training
+    forward(kind, model)
+    ema.switch_(model)  # the shortest, as it is now
+    switched = bits(model)
+    resets = [ema.reset_hare_(model, every=every, sigma_rel=SIGMA_RELS[1]) for every in (5, 11)]
+    assert resets == [False, True]
+    slow = bits(model)
+    ema.close()
+    dist.barrier()
+    for found, s in zip((switched, slow), synthesize(folder, SIGMA_RELS), strict=True):
+        assert s.t == 11
+        with PostHocEMA.from_path(folder).model(model, s.sigma_rel):
+            inside = bits(model)
+        assert all(torch.equal(found[name], inside[name]) for name in found.keys() - buffers_of(model))
+
+
+@pytest.mark.parametrize(("kind", "world_size"), cases())
+@pytest.mark.filterwarnings("ignore")
+def test_any_wrapper_goes_on_from_the_bits_of_the_checkpoint(kind: str, world_size: int, tmp_path: Path) -> None:
+    run(world_size, switch_as, kind, str(tmp_path))
+
+
+def enter_alone(folder: str) -> tuple[int, bool]:
+    """Under DDP, one rank enters; what it waits for happens behind the other's main thread."""
+    model, ema = made("ddp", folder)
+    writer = ema._session.writer  # type: ignore[union-attr]
+    put = writer._storing.store
+
+    def slow(manifest: Any) -> None:
+        time.sleep(1.0 if dist.get_rank() == 1 else 0)
+        put(manifest)
+
+    writer._storing.store = slow  # type: ignore[method-assign]
+    for step in range(1, 6):
+        take_values(model, step)
+        ema.update_(model)
+    found = 0
+    if dist.get_rank() == 0:
+        with no_collectives(), ema.model(model, OTHER):
+            (stored,) = synthesize(folder, [OTHER], t=5)
+            assert_holds(model, stored.state_dict)
+        with no_collectives(), ema.state_dict(OTHER) as state:
+            assert all(torch.equal(state[name], stored.state_dict[name]) for name in state)
+        found = stored.t
+    dist.barrier()
+    ema.close()
+    return found, writer.counts.skipped == 0
+
+
+def test_a_rank_of_ddp_may_enter_alone_and_finds_its_newest_snapshot_complete(tmp_path: Path) -> None:
+    assert run(2, enter_alone, str(tmp_path)) == [(5, True), (0, True)]
+
+
+def give_up_waiting(folder: str) -> tuple[list[str], int]:
+    model, ema = made("ddp", folder, checkpoint_every=1)
+    policy._SECONDS_FOR_OTHERS = 0.0
+    policy.wait_until_complete.__defaults__ = (0.3,)
+    train(ema, model, 1, 1)
+    dist.barrier()
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    found = 0
+    if dist.get_rank() == 0:
+        train(ema, model, 2, 2)  # the other rank has none at 2
+        logging.getLogger("phema_dist").addHandler(handler)
+        with ema.model(model, SIGMA_RELS[1]):
+            (stored,) = synthesize(folder, [SIGMA_RELS[1]])
+            assert_holds(model, stored.state_dict)
+        logging.getLogger("phema_dist").removeHandler(handler)
+        found = stored.t
+    dist.barrier()
+    return logged, found
+
+
+def test_a_rank_that_waits_in_vain_says_so_and_takes_an_older_snapshot(tmp_path: Path) -> None:
+    (logged, found), _ = run(2, give_up_waiting, str(tmp_path))
+    assert found == 1
+    assert any("t=2: other ranks have not stored their parts so far" in text for text in logged)
+
+
+class Wide(nn.Module):
+    """Parameters of several messages, in dtypes of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.large, self.row = nn.Parameter(torch.randn(61, 7)), nn.Parameter(torch.randn(1, 400))
+        self.low, self.fine = nn.Parameter(torch.randn(5).half()), nn.Parameter(torch.randn(3).double())
+        self.nothing, self.scalar = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("flag", torch.tensor([True, False, True]))
+
+
+def exchange_in_small_messages(folder: str) -> None:
+    exchanging._MESSAGE_BYTES = 100
+    model = nn.parallel.DistributedDataParallel(Wide())
+    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=3) as ema:
+        for _ in range(3):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(1)
+            ema.update_(model)
+        with ema.model(model, 0.05, exchange=True):
+            found = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    dist.barrier()
+    (wanted,) = synthesize(folder, [0.05])
+    assert all(torch.equal(found[name], wanted.state_dict[name].to(found[name].dtype)) for name in found)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.filterwarnings("ignore")
+def test_averages_are_exchanged_in_messages_of_any_size(world_size: int, tmp_path: Path) -> None:
+    run(world_size, exchange_in_small_messages, str(tmp_path))
+
+
+def fail_while_writing(folder: str) -> str:
+    """A rank that fails in the exchange does not leave the others waiting."""
+    model, ema = made("ddp", folder)
+    train(ema, model, 1, 5)
+    own = bits(model)
+
+    def use() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 1:
+                patch.setattr("phema_dist.training.swap.intersect", None)
+            with ema.model(model, TRACKED, exchange=True):
+                raise AssertionError
+
+    said = outcome(use)
+    assert same(bits(model), own)
+    return said
+
+
+def test_what_fails_on_one_rank_in_an_exchange_is_raised_on_all(tmp_path: Path) -> None:
+    for said in run(2, fail_while_writing, str(tmp_path)):
+        assert "'NoneType' object is not callable" in said
+
+
+# -- on one process
+
+
+def line() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def stepped(model: nn.Module, ema: PostHocEMA, number: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(number):
+        model(torch.ones(5, 3, dtype=next(model.parameters()).dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_(model)
+
+
+def test_a_tracked_length_is_there_before_the_first_snapshot_and_others_are_not(tmp_path: Path) -> None:
+    model = line()
+    with PostHocEMA.from_model(model, tmp_path, update_every=2, checkpoint_every=100) as ema:
+        with pytest.raises(SnapshotError), ema.model(model, 0.05):
+            raise AssertionError
+        stepped(model, ema, 3)
+        with pytest.raises(SnapshotError, match="The first is written"), ema.model(model, 0.1):
+            raise AssertionError
+        with ema.model(model, 0.05):
+            inside = [p.detach().clone() for p in model.parameters()]
+    (stored,) = synthesize(tmp_path, [0.05])
+    assert stored.t == 2  # the last update: there was none at 3
+    assert all(map(torch.equal, inside, stored.state_dict.values()))
+
+
+def test_entering_changes_neither_the_averages_nor_the_snapshots(tmp_path: Path) -> None:
+    def trained(folder: str, enter: Callable[[PostHocEMA, nn.Module], None]) -> State:
+        model = line()
+        with PostHocEMA.from_model(model, tmp_path / folder, update_every=3, checkpoint_every=7) as ema:
+            for _ in range(5):
+                stepped(model, ema, 4)
+                enter(ema, model)
+        (found,) = synthesize(tmp_path / folder, [0.1])
+        return found.state_dict
+
+    def enter(ema: PostHocEMA, model: nn.Module) -> None:
+        with ema.model(model, 0.05), ema.model(model, 0.28):
+            pass
+
+    assert same(trained("entered", enter), trained("not", lambda *_: None))
+
+
+def test_a_refused_update_is_not_evaluated(tmp_path: Path) -> None:
+    model = line()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as ema:
+        stepped(model, ema, 2)
+        ema._session.writer.drain()
+        own = model[0].bias.detach().clone()
+        with torch.no_grad():
+            model[0].bias.fill_(torch.nan)
+        ema.update_(model)
+        with ema.model(model, 0.05):  # the newest snapshot
+            assert model[0].bias.isfinite().all()
+        with torch.no_grad():
+            model[0].bias.copy_(own)
+        ema.update_(model)
+
+
+def test_inside_a_block_the_model_is_not_switched_and_after_close_neither(tmp_path: Path) -> None:
+    model = line()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as ema:
+        stepped(model, ema, 2)
+        with ema.model(model, 0.05), pytest.raises(SettingsError, match="switch outside"):
+            ema.switch_(model)
+    with pytest.raises(SettingsError, match="closed"):
+        ema.switch_(model)
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.5, None])
+def test_hares_are_reset_every_so_many_calls(every: Any, tmp_path: Path) -> None:
+    with PostHocEMA.from_model(line(), tmp_path) as ema, pytest.raises(SettingsError, match="every must be"):
+        ema.reset_hare_(every=every)
+
+
+def test_a_switch_changes_parameters_only_and_training_goes_on_from_it(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=50) as ema:
+        assert not ema.reset_hare_(every=3)  # before the first call
+        resets = []
+        for _ in range(7):
+            stepped(model, ema, 1, optimizer)
+            moments = {p: state["exp_avg"].clone() for p, state in optimizer.state.items()}
+            buffers = [buffer.clone() for buffer in model.buffers()]
+            with ema.model(model, 0.28):
+                average = [p.detach().clone() for p in model.parameters()]
+            resets.append(ema.reset_hare_(model, every=3, sigma_rel=0.28))
+            if resets[-1]:
+                assert all(map(torch.equal, average, model.parameters()))
+            assert all(torch.equal(state["exp_avg"], moments[p]) for p, state in optimizer.state.items())
+            assert all(map(torch.equal, buffers, model.buffers()))
+        assert resets == [False, False, True, False, False, True, False]
+        assert ema.t == 7
+        assert model.training
+
+
+def test_a_reset_of_every_call_leaves_nothing_but_the_average(tmp_path: Path) -> None:
+    """By hand: a hare that is reset at each step moves by what its average moves."""
+    model, sigma_rel = nn.Linear(1, 1, bias=False), 0.28
+    gamma = next(g / 1000 for g in range(10000) if _sigma_rel(g / 1000) <= sigma_rel)
+    with torch.no_grad():
+        model.weight.zero_()
+    slow = 0.0
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        for t in range(1, 30):
+            with torch.no_grad():
+                model.weight.add_(1)
+            slow += (1 - ((t - 1) / t) ** (gamma + 1)) * (slow + 1 - slow)
+            ema.update_(model)
+            assert ema.reset_hare_(model, every=1, sigma_rel=sigma_rel)
+            assert model.weight.item() == pytest.approx(slow, rel=2e-3)
+
+
+def _sigma_rel(gamma: float) -> float:
+    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+
+
+# -- masters
+
+
+def low() -> nn.Module:
+    return line().bfloat16()
+
+
+def masters_of(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().float().clone().requires_grad_() for p in model.parameters()]
+
+
+def switched(model: nn.Module, optimizer: Any, folder: Path) -> list[torch.Tensor]:
+    """Switch, and the average before rounding."""
+    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=100) as ema:
+        for _ in range(3):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.1)
+            ema.update_(model)
+        if isinstance(optimizer, Callable):  # type: ignore[arg-type]
+            optimizer = optimizer()
+        ema.switch_(model, 0.05, optimizer=optimizer)
+    (stored,) = synthesize(folder, [0.05])
+    return [stored.state_dict[name] for name, _ in model.named_parameters()]
+
+
+def test_masters_that_an_optimizer_steps_on_get_the_average_before_it_is_rounded(tmp_path: Path) -> None:
+    model, made_by = low(), []
+    model[0].weight.requires_grad_(False)  # no master of it
+
+    def optimizer() -> torch.optim.Optimizer:
+        made_by.append([m for m, p in zip(masters_of(model), model.parameters(), strict=True) if p.requires_grad])
+        return torch.optim.SGD(made_by[0], lr=0.1)
+
+    average = switched(model, optimizer, tmp_path)
+    assert all(map(torch.equal, made_by[0], average[1:]))
+    assert all(torch.equal(p, a.bfloat16()) for p, a in zip(model.parameters(), average, strict=True))
+    assert not torch.equal(average[1], average[1].bfloat16().float())
+
+
+def test_masters_in_the_state_of_an_optimizer_get_it_too(tmp_path: Path) -> None:
+    model = low()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def with_masters() -> torch.optim.Optimizer:
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {"master_param": parameter.detach().float(), "exp_avg": torch.zeros(1)}
+        return optimizer
+
+    average = switched(model, with_masters, tmp_path)
+    assert all(
+        torch.equal(optimizer.state[p]["master_param"], a) for p, a in zip(model.parameters(), average, strict=True)
+    )
+
+
+def test_an_optimizer_of_the_models_own_parameters_needs_nothing(tmp_path: Path) -> None:
+    model, other = line(), nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)]
+    average = switched(model, optimizers, tmp_path)
+    assert all(map(torch.equal, model.parameters(), average))
+
+
+def wrong_masters(kind: str, model: nn.Module) -> Any:
+    masters = masters_of(model)
+    if kind == "flat":
+        return torch.optim.SGD([torch.cat([m.detach().flatten() for m in masters])], lr=0.1)
+    if kind == "order":
+        return torch.optim.SGD(masters[::-1], lr=0.1)
+    if kind == "other values":
+        return torch.optim.SGD([m.detach() * 1.5 for m in masters], lr=0.1)
+    if kind == "other state":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.state[model[0].weight] = {"master_param": torch.zeros(4, 3)}
+        return optimizer
+    return object()
+
+
+@pytest.mark.parametrize("kind", ["flat", "order", "other values", "other state", "no optimizer"])
+def test_masters_that_cannot_be_told_apart_are_refused_and_nothing_is_changed(kind: str, tmp_path: Path) -> None:
+    model, before = low(), []
+
+    def optimizer() -> Any:
+        before.extend(p.detach().clone() for p in model.parameters())
+        return wrong_masters(kind, model)
+
+    with pytest.raises(SettingsError, match=r"optimizer= (steps on|keeps|takes)"):
+        switched(model, optimizer, tmp_path)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_snapshots_and_updates_follow_each_other_as_before(tmp_path: Path) -> None:
+    model = line()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=4) as ema:
+        for _ in range(3):
+            stepped(model, ema, 4)
+            ema.switch_(model)
+            ema._session.writer.drain()
+        status = ema.status()
+    assert (status["updates"], status["snapshots_written"]) == (12, 3)
