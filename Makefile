@@ -11,7 +11,7 @@ CHECKPOINT_DIR ?= $(OUT)/run-$(WRAPPER)-$(shell date +%Y%m%d-%H%M%S)
 LOOPS ?= 200
 MINUTES ?= 10
 
-.PHONY: demo test soak lint types bench venv clean
+.PHONY: demo test soak lint types docs bench venv clean
 
 # Train on real data with two ranks, sweep sigma_rel, write the best checkpoint and a picture.
 demo: $(READY)
@@ -25,7 +25,7 @@ demo: $(READY)
 
 # All tests, the S3 server included: it comes with the environment and is started by the tests that need it.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Kill jobs at random, and break their storage at random, for long; LOOPS=20 MINUTES=2 for less.
 soak: $(READY)
@@ -38,6 +38,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# All documentation as a site, in site/; a warning is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py
@@ -45,6 +49,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/blocking.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/blocking.py --wrapper ddp
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/blocking.py --wrapper fsdp2
+	$(BIN)/python benchmarks/evaluation.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/evaluation.py
 	$(BIN)/python benchmarks/construction.py
 	$(BIN)/python benchmarks/synthesis.py
 	$(BIN)/python benchmarks/opening.py
@@ -55,6 +61,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/imported.py
+	$(BIN)/python benchmarks/imports.py
 
 venv: $(READY)
 
@@ -66,4 +73,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis
