@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from itertools import combinations, product
 
 import numpy as np
 
 from phema_dist import profile, schedule
 from phema_dist.errors import ProfileError, SettingsError
-from phema_dist.prediction import HALF_ULP, ITEMSIZE, Plan, predict, snapshot_bytes
+from phema_dist.prediction import HALF_ULP, ITEMSIZE, Plan, in_units, predict, snapshot_bytes
 from phema_dist.profile import PowerProfile
 from phema_dist.walk import GOOD_NOISE
 
@@ -83,10 +83,9 @@ def plan(
     if storage_bytes is None:
         dtypes = dtypes[:1]  # nothing is gained by fewer bytes
     _check_budget(storage_bytes, num_parameters, numbers[0], dtypes[-1])
-    best = cache(best_sigma_rels)
     found = []
     for dtype, number_tracked in product(dtypes, numbers):
-        chosen = given or best(sigma_rel_range, number_tracked)
+        chosen = given or best_sigma_rels(sigma_rel_range, number_tracked)
         taken = min(calls, math.ceil(calls / (checkpoint_every or 1)))
         wanted = min(max_checkpoints or _MOST_SNAPSHOTS, taken)
         if storage_bytes is not None:
@@ -121,8 +120,9 @@ def warnings(chosen: Plan) -> list[str]:
         )
     if chosen.rounding_noise > GOOD_NOISE:
         found.append(
-            f"the rounding of {chosen.checkpoint_dtype} changes parameters by about {chosen.rounding_noise:.2%}, above "
-            f"{GOOD_NOISE:.1%}; fp32 snapshots do not."
+            f"the rounding of {chosen.checkpoint_dtype} changes parameters by up to about {chosen.rounding_noise:.2%}, "
+            f"above {GOOD_NOISE:.1%}, less where a synthesis can weigh it against how far parameters move; fp32 "
+            "snapshots do not."
         )
     return found
 
@@ -145,12 +145,13 @@ def alternatives(chosen: Plan) -> dict[str, Plan]:
     if chosen.num_taken <= chosen.max_checkpoints:
         every = _checkpoint_every(calls, min(2 * chosen.max_checkpoints, calls), chosen.update_every)
         found["taken twice as often"] = replace(chosen, checkpoint_every=every)
-    predicted = {what: predict(other) for what, other in found.items()}
+    predicted = {what: predict(other) for what, other in found.items() if other != chosen}  # a short run has no more
     dtype = "fp16" if chosen.checkpoint_dtype == "fp32" else "fp32"
     noise = chosen.rounding_noise * HALF_ULP[dtype] / HALF_ULP[chosen.checkpoint_dtype]
     return {**predicted, dtype: replace(chosen, checkpoint_dtype=dtype, rounding_noise=noise)}
 
 
+@lru_cache(maxsize=32)  # it takes a second, and alternatives ask for what the plan has asked for
 def best_sigma_rels(sigma_rel_range: tuple[float, float], number: int) -> tuple[float, ...]:
     """The sigma_rels to track that make the worst error over a range the least; to three digits.
 
@@ -236,7 +237,7 @@ def _check_range(sigma_rel_range: tuple[float, float]) -> None:
     if not low < high:
         raise ProfileError(
             f"sigma_rel_range must be a lower and a higher sigma_rel; got {low} and {high}. A single one needs no "
-            f"plan: track it, with sigma_rels=({low},)."
+            f"plan: track that one, PostHocEMA.from_model(..., sigma_rels=({low},))."
         )
 
 
@@ -253,8 +254,8 @@ def _checked(sigma_rels: Sequence[float]) -> tuple[float, ...]:
 def _check_budget(storage_bytes: int | None, num_parameters: int, num_profiles: int, dtype: str) -> None:
     least = 2 * snapshot_bytes(num_parameters, num_profiles, dtype)
     if storage_bytes is not None and storage_bytes < least:
-        fewer = "" if ITEMSIZE[dtype] == 2 else f" With fp16, {least // 2} bytes."  # noqa: PLR2004
+        fewer = "" if ITEMSIZE[dtype] == 2 else f" With fp16, {in_units(least // 2)}."  # noqa: PLR2004
         raise SettingsError(
-            f"storage_bytes must hold two snapshots, which are {least} bytes for {num_parameters} parameters, "
-            f"{num_profiles} sigma_rels and {dtype}; got {storage_bytes}.{fewer}"
+            f"storage_bytes must hold two snapshots, which are {in_units(least)} for {num_parameters} parameters, "
+            f"{num_profiles} sigma_rels and {dtype}; got {in_units(storage_bytes)}.{fewer}"
         )

@@ -22,6 +22,7 @@ _TARGETS_IN_GAP = 24  # between neighbouring tracked sigma_rels: errors are 0 at
 _NUM_STOPS = 32  # snapshots in the second half of the run, where what is kept changes in an irregular way
 _STAGED_BYTES = 4  # of an element of the model in host memory, at most
 _AVERAGED_BYTES = 4
+_STEP = 1000  # from one unit of bytes to the next
 
 
 @dataclass(frozen=True)
@@ -209,3 +210,12 @@ def update_times(settings: Plan) -> Array:
 def snapshot_bytes(num_parameters: int, num_profiles: int, dtype: str) -> int:
     """Of one snapshot, by all ranks, but for headers, manifests and buffers."""
     return num_parameters * num_profiles * ITEMSIZE[dtype]
+
+
+def in_units(num_bytes: float) -> str:
+    """As in 2.5 GB, of 1000^3."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if float(f"{num_bytes:.3g}") < _STEP:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= _STEP
+    return f"{num_bytes:.3g} PB"

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from phema_dist.legacy import OneStepProfile, spread
+from phema_dist.prediction import in_units
 from phema_dist.profile import UpdateHistory
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ def listing(run: Run) -> str:
     lines = [
         f"{run.store.url}: sigma_rels {tracked}, {len(run.info.tensors)} tensors, t in {run.info.t_unit}",
         *([imported(run)] if run.info.imported else []),
-        f"{'t':>12}  {'attempt':>7}  {'ranks':>5}  {'bytes':>15}  state",
+        f"{'t':>12}  {'attempt':>7}  {'ranks':>5}  {'size':>8}  state",
     ]
     for row in _rows(run):
         ranks = row["ranks"] or "?"
         state = row["state"] + ", pinned" * row["pinned"]
-        lines.append(f"{row['t']:>12}  {row['attempt']:>7}  {ranks:>5}  {row['bytes']:>15,}  {state}")
+        lines.append(f"{row['t']:>12}  {row['attempt']:>7}  {ranks:>5}  {in_units(row['bytes']):>8}  {state}")
     if gone := sorted(run.pins - {s.t for s in (*run.snapshots, *run.abandoned)}):
         shown = ", ".join(map(str, gone[:_MOST_NAMED])) + ", …" * (len(gone) > _MOST_NAMED)
         lines.append(f"pinned, but not there: t={shown}")
@@ -97,21 +98,21 @@ def verdict(store: Store, found: Verdict) -> str:
     lines = [f"note: {finding.text}" for finding in found.notes]
     lines += [f"damaged: {finding.text}" for finding in found.problems]
     state = f"{_number(len(found.problems), 'problem')}" if found.problems else "no damage"
-    read = f"{_number(found.num_complete, 'complete snapshot')}, {found.num_bytes:,} bytes read"
+    read = f"{_number(found.num_complete, 'complete snapshot')}, {in_units(found.num_bytes)} read"
     return "\n".join([*lines, f"{store.url}: {state}; {read}"])
 
 
 def removal(garbage: Garbage) -> str:
     """What went, and why."""
-    size = "" if garbage.num_bytes is None else f"{garbage.num_bytes:,} bytes"
-    return f"{size:>21}  {garbage.key}: {garbage.why}"
+    size = "" if garbage.num_bytes is None else in_units(garbage.num_bytes)
+    return f"{size:>8}  {garbage.key}: {garbage.why}"
 
 
 def removals(store: Store, removed: Sequence[Garbage], *, dry_run: bool) -> str:
     """How much went."""
     num_bytes = sum(garbage.num_bytes or 0 for garbage in removed)
     done = "would be removed" if dry_run else "removed"
-    return f"{store.url}: {_number(len(removed), 'thing')} {done}, {num_bytes:,} bytes"
+    return f"{store.url}: {_number(len(removed), 'thing')} {done}, {in_units(num_bytes)}"
 
 
 def _number(number: int, noun: str) -> str:

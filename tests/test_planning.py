@@ -1,9 +1,11 @@
 """A plan before training, and the run that follows it: what was predicted is what one-hot parameters measure."""
 
+import contextlib
 import json
 import math
 import os
 import pickle
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import phema_dist
-from phema_dist import PostHocEMA, ProfileError, SettingsError, host, planning, prediction, sizing, synthesize
+from phema_dist import PostHocEMA, ProfileError, SettingsError, host, planning, prediction, schedule, sizing, synthesize
 from phema_dist.cli import main
-from phema_dist.planning import alternatives, best_sigma_rels, plan
-from phema_dist.prediction import Plan, update_times
+from phema_dist.planning import GOOD_ERROR, alternatives, best_sigma_rels, plan
+from phema_dist.prediction import Plan, in_units, update_times
 from phema_dist.profile import PowerProfile, fit, recorded_errors
 from phema_dist.schedule import MIN_RELATIVE_DT, reconstruction_errors, snapshots_to_keep
 from phema_dist.sizing import count_parameters
@@ -138,15 +140,16 @@ def test_updates_are_those_that_the_training_loop_makes(
     assert update_times(settings).tolist() == brute_force_times(settings)
 
 
-def test_in_a_long_run_the_updates_of_a_real_one(tmp_path: Path) -> None:
-    chosen = plan(10_600, 2, max_checkpoints=4, update_every=1)
+def test_in_a_long_run_the_updates_of_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "MIN_RELATIVE_DT", 1e-3)  # or a long run is one of more than 10 000 calls
+    chosen = plan(1060, 2, max_checkpoints=4, update_every=1)
     model = nn.Linear(1, 1)
     with PostHocEMA.from_model(model, tmp_path / "run", plan=chosen) as ema:
-        for _ in range(10_600):
+        for _ in range(1060):
             ema.update_(model)
     run = open_run(open_store(tmp_path / "run"))
     assert run.complete[-1].t == chosen.ts[-1]
-    assert sum(count for _, count in run.complete[-1].manifests[0].updates) == chosen.num_updates < 10_400
+    assert sum(count for _, count in run.complete[-1].manifests[0].updates) == chosen.num_updates < 1040
 
 
 @pytest.mark.parametrize("wanted", [{}, {"max_checkpoints": 20}, {"sigma_rel_range": (0.02, 0.28)}])
@@ -292,11 +295,11 @@ def test_bandwidths_follow_from_the_time_of_a_step() -> None:
     [
         ({"sigma_rel_range": (0.05, 0.3)}, r"\(0, 0\.28867\]"),
         ({"sigma_rel_range": (0.2, 0.1)}, "a lower and a higher sigma_rel; got 0.2 and 0.1"),
-        ({"sigma_rel_range": (0.1, 0.1)}, r"track it, with sigma_rels=\(0\.1,\)"),
+        ({"sigma_rel_range": (0.1, 0.1)}, r"track that one, .*sigma_rels=\(0\.1,\)"),
         ({"sigma_rels": (0.1, 0.4)}, r"got 0\.4"),
         ({"sigma_rels": (0.1, 0.1)}, "different numbers"),
-        ({"storage_bytes": 7999}, "two snapshots, which are 8000 bytes for 1000 parameters, 2 sigma_rels and fp16"),
-        ({"storage_bytes": 15_999, "checkpoint_dtype": "fp32"}, "got 15999. With fp16, 8000 bytes"),
+        ({"storage_bytes": 7999}, "two snapshots, which are 8 kB for 1000 parameters, 2 sigma_rels and fp16"),
+        ({"storage_bytes": 15_999, "checkpoint_dtype": "fp32"}, "got 16 kB. With fp16, 8 kB"),
         ({"checkpoint_dtype": "float16"}, "must be one of fp32, fp16, bf16; got 'float16'"),
         ({"max_checkpoints": 1}, "at least 2"),
         ({"ranks": 0}, "ranks must be an integer of at least 1; got 0"),
@@ -409,29 +412,73 @@ def test_json_has_everything_and_t_may_count_samples(
         (["--steps", "_", "--parameters", "1B"], 2, "finite number above 0"),
         (["--steps", "10", "--parameters", "1e400"], 2, "finite number above 0"),
         ([*EXAMPLE, "--storage", "9" * 400 + "TB"], 2, "must be a size"),
-        (["--steps", "1e18", "--parameters", "1B"], 1, "at most 2**53 steps and 10**9 calls"),
-        (["--steps", "2e9", "--parameters", "1B"], 1, "at most 2**53 steps and 10**9 calls"),
+        (["--steps", "1e18", "--parameters", "1B"], 2, "at most 2**53 steps and 10**9 calls"),
+        (["--steps", "2e9", "--parameters", "1B"], 2, "at most 2**53 steps and 10**9 calls"),
         (["--steps", "10", "--parameters", "large"], 2, "350M"),
-        ([*EXAMPLE, "--sigma-rel", "0.05:0.35"], 1, "(0, 0.28867]"),
-        ([*EXAMPLE, "--sigma-rel", "0.1"], 1, "needs no plan"),
-        ([*EXAMPLE, "--storage", "1GB"], 1, "storage_bytes must hold two snapshots, which are 10400000000 bytes"),
-        ([*EXAMPLE, "--storage", "10GB", "--dtype", "fp32"], 1, "With fp16, 10400000000 bytes"),
-        ([*EXAMPLE, "--plot", "error.gif"], 1, "error.gif"),
-        (["--steps", "10", "--size-from", "nowhere"], 1, "a .safetensors file, a Hugging Face folder"),
+        ([*EXAMPLE, "--sigma-rel", "0.05:0.35"], 2, "(0, 0.28867]"),
+        ([*EXAMPLE, "--sigma-rel", "0.1"], 2, "needs no plan"),
+        ([*EXAMPLE, "--storage", "1GB"], 2, "--storage must hold two snapshots, which are 10.4 GB for"),
+        ([*EXAMPLE, "--storage", "10GB", "--dtype", "fp32"], 2, "With fp16, 10.4 GB."),
+        ([*EXAMPLE, "--plot", "error.gif"], 2, "error.gif"),
+        (["--steps", "10", "--size-from", "nowhere"], 2, "a .safetensors file, a Hugging Face folder"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(
     words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if code == 2:
-        with pytest.raises(SystemExit) as stopped:
-            main(["plan", *words])
-        assert stopped.value.code == 2
-    else:
+    with contextlib.suppress(SystemExit) if code == 2 else contextlib.nullcontext():  # of argparse
         assert main(["plan", *words]) == code
     text = capsys.readouterr().err
     assert message in text
-    assert code == 2 or len(text.strip().splitlines()) == 1
+    assert text.startswith("usage: ") or len(text.strip().splitlines()) == 1
+
+
+def test_the_table_marks_what_is_above_the_budget_noisy_or_poor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = plan(1000, 10**6, sigma_rels=(0.05, 0.28), max_checkpoints=20, checkpoint_dtype="fp16")
+    others = {
+        "twice": replace(chosen, ts=(*chosen.ts, *chosen.ts)),
+        "noisy": replace(chosen, rounding_noise=0.006),
+        "both": replace(chosen, stop_error=0.02, worst_error=0.02, rounding_noise=0.006),
+    }
+    monkeypatch.setattr(planning, "plan", lambda *_, **__: replace(chosen, worst_error=0.001, stop_error=0.002))
+    monkeypatch.setattr(planning, "alternatives", lambda _: others)
+    assert main(["plan", "--steps", "1000", "--parameters", "1M", "--storage", "100MB"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    rows = {line.split("  ")[0]: line for line in told}
+    assert rows["this plan"].endswith(" MB")
+    assert rows["twice"].endswith(
+        " MB   above --storage" if chosen.stop_error <= GOOD_ERROR else "above --storage, error above 1%"
+    )
+    assert "rounding above 0.5%" in rows["noisy"]
+    assert rows["both"].endswith("error above 1%, rounding above 0.5%")
+    assert any(
+        line.startswith("rounding:") and line.endswith("less where a synthesis knows how far they move")
+        for line in told
+    )
+
+
+def test_what_would_be_the_same_plan_is_no_alternative() -> None:
+    chosen = plan(10, 5, sigma_rels=(0.06, 0.28))
+    assert (chosen.max_checkpoints, chosen.checkpoint_every) == (10, 1)
+    assert list(alternatives(chosen)) == ["3 sigma_rels", "half the snapshots", "fp16"]
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1 kB"),
+        (34_741, "34.7 kB"),
+        (999_999, "1 MB"),
+        (25e8, "2.5 GB"),
+        (2e18, "2e+03 PB"),
+    ],
+)
+def test_bytes_are_said_in_the_largest_unit(num_bytes: float, text: str) -> None:
+    assert in_units(num_bytes) == text
 
 
 def test_a_plan_that_needs_more_memory_than_a_node_has_says_so(
@@ -535,7 +582,7 @@ def test_damaged_metadata_is_one_clear_error(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / ".metadata").write_bytes(content)
-    assert main(["plan", "--steps", "1000", "--size-from", str(tmp_path)]) == 1
+    assert main(["plan", "--steps", "1000", "--size-from", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "must be a checkpoint with a readable table of contents" in told
     assert len(told.strip().splitlines()) == 1

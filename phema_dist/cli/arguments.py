@@ -7,14 +7,17 @@ import json
 import logging
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from phema_dist.errors import PhemaError
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from phema_dist.ranks import Ranks
     from phema_dist.storage.store import Store
     from phema_dist.synthesis.consolidate import Progress
@@ -111,12 +114,9 @@ def joined_ranks() -> Iterator[Ranks]:
 
 
 @contextmanager
-def progress_bar(ranks: Ranks | None = None) -> Iterator[Progress]:
+def progress_bar(ranks: Ranks | None = None, *, quiet: bool = False) -> Iterator[Progress]:
     """A bar of the bytes read, on rank 0's terminal; reading threads move it."""
-    from tqdm import tqdm  # noqa: PLC0415
-
-    disable = True if ranks and ranks.rank else None
-    with tqdm(desc="reading", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=disable) as bar:
+    with _bar("reading", quiet=quiet or bool(ranks and ranks.rank), unit="B", unit_scale=True) as bar:
 
         def advance(num_bytes: int, total: int) -> None:
             with bar.get_lock():  # type: ignore[no-untyped-call]
@@ -124,3 +124,25 @@ def progress_bar(ranks: Ranks | None = None) -> Iterator[Progress]:
                 bar.update(num_bytes)
 
         yield advance
+
+
+@contextmanager
+def telling(what: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Say on a terminal what is being done, until it is, where no bytes can be counted. Yields a print for it."""
+    with _bar(f"phema: {what}", quiet=quiet, bar_format="{desc} …") as bar:
+
+        def say(text: str) -> None:
+            bar.write(text)
+            sys.stdout.flush()
+
+        yield say
+
+
+@contextmanager
+def _bar(what: str, *, quiet: bool, **form: Any) -> Iterator[tqdm[NoReturn]]:
+    """On stderr if that is a terminal, and wiped away at the end; what is logged meanwhile stands above it."""
+    from tqdm import tqdm  # noqa: PLC0415
+    from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: PLC0415
+
+    with tqdm(desc=what, leave=False, disable=quiet or None, **form) as bar, logging_redirect_tqdm():
+        yield bar

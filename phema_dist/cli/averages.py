@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phema_dist.cli.arguments import add_run, joined_ranks, json_object, number, number_at, opened, progress_bar, size
-from phema_dist.errors import PhemaError
+from phema_dist.errors import SettingsError
 from phema_dist.target import ConstantBeta, Explicit, Power, Target, UniformTail
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _SUFFIXES = {".safetensors", ".pt"}
 def add(commands: Commands) -> None:
     """Add these commands."""
     making = commands.add_parser(
-        "synthesize", help="make averages of any length as checkpoint files",
+        "synthesize",
         description="Make averages, in one pass over the snapshots, each as one checkpoint. Started by torchrun "
         "(torchrun --nproc-per-node 4 -m phema_dist synthesize ...), all ranks work on it together.",
         epilog="example: phema synthesize runs/digits --sigma-rel 0.10 --sigma-rel 0.15 --out averages/",
@@ -79,7 +79,7 @@ def add(commands: Commands) -> None:
     making.set_defaults(command=_synthesize, usage_error=making.error)
 
     joining = commands.add_parser(
-        "consolidate", help="join what synthesize --sharded wrote",
+        "consolidate",
         description="Join the files that synthesize --sharded wrote for each rank.",
         epilog="example: phema consolidate sharded/ --out joined.safetensors",
     )  # fmt: skip
@@ -165,14 +165,14 @@ def _consolidate(arguments: argparse.Namespace) -> None:
 def _is_pickled(arguments: argparse.Namespace) -> bool:
     suffix = Path(arguments.out).suffix
     if not arguments.out:
-        raise PhemaError("--out must name a file or a folder; got nothing.")
+        raise SettingsError("--out must name a file or a folder; got nothing.")
     if "://" in arguments.out:
-        raise PhemaError(f"--out must be a local file or folder, to be uploaded from there; got {arguments.out}.")
+        raise SettingsError(f"--out must be a local file or folder, to be uploaded from there; got {arguments.out}.")
     if suffix in {".pth", ".bin", ".ckpt"}:
-        raise PhemaError(f"--out must be a folder or end in .safetensors or .pt; got {arguments.out}.")
+        raise SettingsError(f"--out must be a folder or end in .safetensors or .pt; got {arguments.out}.")
     named = suffix.removeprefix(".") if suffix in _SUFFIXES and not Path(arguments.out).is_dir() else None
     if named and arguments.format not in {None, named}:
-        raise PhemaError(f"--format {arguments.format} must fit the name of --out; got {arguments.out}.")
+        raise SettingsError(f"--format {arguments.format} must fit the name of --out; got {arguments.out}.")
     return (arguments.format or named) == "pt"
 
 
@@ -180,13 +180,13 @@ def _outputs(arguments: argparse.Namespace, names: Sequence[str], pickled: bool)
     """Where each average goes: a file name means one file, a folder one file, or folder, for each."""
     path, sharded = Path(arguments.out), getattr(arguments, "sharded", False)
     if len(set(names)) < len(names):
-        raise PhemaError(f"each average must have a name of its own; got {', '.join(names)}. Make them one by one.")
+        raise SettingsError(f"each average must have a name of its own; got {', '.join(names)}. Make them one by one.")
     if sharded and pickled:
-        raise PhemaError("--sharded must have --format safetensors; phema consolidate --format pt joins them to a .pt.")
+        raise SettingsError("--sharded must have --format safetensors; phema consolidate --format pt joins it to .pt.")
     is_file = path.suffix in _SUFFIXES and not path.is_dir()
     if is_file and (sharded or len(names) > 1):
         what = "--sharded" if sharded else f"{len(names)} averages"
-        raise PhemaError(f"--out must be a folder for {what}; got the file name {path}.")
+        raise SettingsError(f"--out must be a folder for {what}; got the file name {path}.")
     if is_file:
         return [path]
     folders = [path / name for name in names] if len(names) > 1 else [path]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from phema_dist.cli.arguments import number
-from phema_dist.errors import PhemaError
+from phema_dist.errors import SettingsError
 from phema_dist.profile import beta_to_sigma_rel, gamma_to_sigma_rel
 from phema_dist.translation import Translation, check_t, half_life_to_beta, half_life_to_sigma_rel, translate
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Add this command."""
     converting = commands.add_parser(
-        "convert", help="say an averaging length in other numbers",
+        "convert",
         description="Say an averaging length in the numbers of other libraries and papers. What is constant (a beta, a "
         "half-life in steps) is translated by its mean age at --t.",
         epilog="example: phema convert --sigma-rel 0.10 --t 200000",
@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     if arguments.batch is not None and arguments.batch < 1:
-        raise PhemaError(f"--batch must be at least 1; got {arguments.batch}.")
+        raise SettingsError(f"--batch must be at least 1; got {arguments.batch}.")
     said = translate(_sigma_rel(arguments), arguments.t)
     if arguments.json:
         kimg = {} if arguments.batch is None else {"half_life_kimg": _kimg(said, arguments.batch)}
@@ -88,12 +88,12 @@ def _sigma_rel(arguments: argparse.Namespace) -> float:
     if arguments.half_life is not None:
         return half_life_to_sigma_rel(arguments.half_life)
     if arguments.t is None:
-        raise PhemaError("--t must say how long the training is, if a constant beta or half-life is to be translated.")
+        raise SettingsError("--t must say how long the training is, to translate a constant beta or half-life.")
     check_t(arguments.t)
     if arguments.beta is not None:
         return beta_to_sigma_rel(arguments.beta, arguments.t)
     if arguments.half_life_kimg is not None and arguments.batch is None:
-        raise PhemaError("--batch must say how many images a step has, if a half-life in images is to be translated.")
+        raise SettingsError("--batch must say how many images a step has, to translate a half-life in images.")
     kimg = arguments.half_life_kimg
     return beta_to_sigma_rel(
         half_life_to_beta(arguments.half_life_steps if kimg is None else kimg * 1000 / arguments.batch), arguments.t

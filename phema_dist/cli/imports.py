@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phema_dist.cli.arguments import json_object
-from phema_dist.errors import PhemaError
+from phema_dist.cli.arguments import json_object, telling
+from phema_dist.errors import SettingsError
 from phema_dist.legacy import DEFAULT_UPDATE_EVERY
+from phema_dist.prediction import in_units
 
 if TYPE_CHECKING:
     from phema_dist.cli.arguments import Commands
@@ -19,7 +20,7 @@ _SHOWN = (0.05, 0.10, 0.15, 0.20, 0.25)  # lengths whose certificates are printe
 def add(commands: Commands) -> None:
     """Add this command."""
     coming = commands.add_parser(
-        "import", help="turn a folder of pytorch-posthoc-ema or ema-pytorch into a run",
+        "import",
         description="Copy the snapshots of another library (INDEX.STEP.pt) into a run, with the profiles that its "
         "update_every really made, so that any length can be synthesized from them as far as they allow. The folder "
         "stays as it is. After a kill, the same command goes on.",
@@ -51,7 +52,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _import(arguments: argparse.Namespace) -> None:
     if arguments.sigma_rels is None:
-        raise PhemaError(
+        raise SettingsError(
             "--sigma-rels must say what the training tracked, in its order: the files do not. The default of "
             "posthoc-ema is --sigma-rels 0.05,0.28; of gammas, phema convert --gamma tells the sigma_rel."
         )
@@ -65,9 +66,10 @@ def _import(arguments: argparse.Namespace) -> None:
     every = DEFAULT_UPDATE_EVERY[arguments.library] if arguments.update_every is None else arguments.update_every
     folder = Folder(arguments.folder, arguments.library, arguments.sigma_rels, every, arguments.update_after_step)
     store = open_store(arguments.out, arguments.storage_options)
-    for copied in copy_folder(folder, store):
-        state = f"{copied.num_bytes:,} bytes" if copied.num_bytes else "there already"
-        print(f"step {copied.step} -> t={copied.t}: {state}", flush=True)
+    with telling(f"copying {arguments.folder}") as say:
+        for copied in copy_folder(folder, store):
+            state = in_units(copied.num_bytes) if copied.num_bytes else "there already"
+            say(f"step {copied.step} -> t={copied.t}: {state}")
     run = open_run(store)
     run.require_newest()
     print(report.imported(run))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from phema_dist.cli.arguments import add_run, number_at, opened
+from phema_dist.cli.arguments import add_run, number_at, opened, telling
 from phema_dist.target import Power
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _OF_ONE_AVERAGE = ("profiles", "coefficients")
 def add(commands: Commands) -> None:
     """Add this command."""
     drawing = commands.add_parser(
-        "plot", help="draw how exact averages are, what they are made of, how a run fared",
+        "plot",
         description="Draw a picture of a run. error: how exactly each sigma_rel can be made of its snapshots. "
         "profiles: the averaging profiles that are tracked, asked for and synthesized. coefficients: which snapshots "
         "an average is made of. timeline: the snapshots of all attempts, lag, stalls, what was skipped, wall time. "
@@ -74,8 +74,9 @@ def _plot(arguments: argparse.Namespace) -> None:
     from phema_dist.storage.remote import without_credentials  # noqa: PLC0415
 
     check_suffix(arguments.out)  # before anything is read
-    figure = _of_plan(arguments) if arguments.run is None else _of_run(arguments)
-    plot.save_figure(figure, arguments.out)
+    with telling(f"drawing {arguments.out}"):
+        figure = _of_plan(arguments) if arguments.run is None else _of_run(arguments)
+        plot.save_figure(figure, arguments.out)
     print(f"{arguments.out}: {arguments.picture} of {without_credentials(arguments.run or 'a plan')}")
 
 

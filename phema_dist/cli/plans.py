@@ -10,7 +10,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phema_dist.cli.arguments import json_object, size
+from phema_dist import host, planning
+from phema_dist.cli.arguments import json_object, size, telling
+from phema_dist.prediction import in_units
+from phema_dist.walk import GOOD_NOISE
 
 if TYPE_CHECKING:
     from phema_dist.cli.arguments import Commands
@@ -20,7 +23,6 @@ _log = logging.getLogger("phema_dist")
 _DEFAULT_RANGE = (0.05, 0.28)
 _MOST_RANKS_PER_NODE = 8
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_STEP = 1000
 _LEAST_SHOWN = 1e-5
 _DTYPES = {"fp16": ", checkpoint_dtype=torch.float16", "bf16": ", checkpoint_dtype=torch.bfloat16"}
 
@@ -28,7 +30,7 @@ _DTYPES = {"fp16": ", checkpoint_dtype=torch.float16", "bf16": ", checkpoint_dty
 def add(commands: Commands) -> None:
     """Add this command."""
     planning = commands.add_parser(
-        "plan", help="what to track and store, before training",
+        "plan",
         description="Say, before a run begins, what to track, how often to store it and as what, and how exact "
         "averages of any length in a range will then be. Errors are those of averaging profiles, relative.",
         epilog="example: phema plan --steps 500000 --parameters 1.3B --ranks 64 --storage 2TB --sigma-rel 0.05:0.20",
@@ -100,22 +102,21 @@ def _plan(arguments: argparse.Namespace) -> None:
 
         parameters = count_parameters(arguments.size_from, arguments.storage_options)
 
-    from phema_dist import host, planning  # noqa: PLC0415
-
-    plan = planning.plan(
-        arguments.samples or arguments.steps,
-        parameters,
-        t_per_call=arguments.batch_size or 1,
-        ranks=arguments.ranks,
-        sigma_rel_range=arguments.sigma_rel_range,
-        storage_bytes=arguments.storage,
-        max_checkpoints=arguments.snapshots,
-        checkpoint_dtype=arguments.dtype,
-        update_every=arguments.update_every,
-        checkpoint_every=arguments.checkpoint_every,
-        seconds_per_step=arguments.seconds_per_step,
-    )
-    others = planning.alternatives(plan)
+    with telling("planning", quiet=arguments.json):
+        plan = planning.plan(
+            arguments.samples or arguments.steps,
+            parameters,
+            t_per_call=arguments.batch_size or 1,
+            ranks=arguments.ranks,
+            sigma_rel_range=arguments.sigma_rel_range,
+            storage_bytes=arguments.storage,
+            max_checkpoints=arguments.snapshots,
+            checkpoint_dtype=arguments.dtype,
+            update_every=arguments.update_every,
+            checkpoint_every=arguments.checkpoint_every,
+            seconds_per_step=arguments.seconds_per_step,
+        )
+        others = planning.alternatives(plan)
     local_ranks = arguments.ranks_per_node or min(plan.ranks, _MOST_RANKS_PER_NODE)
     limit = (arguments.node_memory, "--node-memory") if arguments.node_memory else host.memory_limit()
     problem = host.shortage(plan.host_bytes_per_rank, local_ranks, limit)
@@ -124,7 +125,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         facts = {"warnings": warnings, "alternatives": {what: other.facts() for what, other in others.items()}}
         print(json.dumps({**plan.facts(), **facts}, indent=2))
     else:
-        print("\n".join([*_lines(plan), "", *_table(plan, others), "", *_code(plan)]))
+        print("\n".join([*_lines(plan), "", *_table(plan, others, arguments.storage), "", *_code(plan)]))
     for warning in warnings:
         _log.warning("%s", warning)
     if arguments.plot:
@@ -139,29 +140,37 @@ def _lines(plan: Plan) -> list[str]:
     kept = "all kept" if plan.num_taken <= plan.max_checkpoints else f"of {plan.num_taken} taken"
     snapshots = f"{len(plan.ts)} of them at the end ({kept}), {plan.checkpoint_dtype}"
     per = "" if plan.t_per_call == 1 else f" (t grows by {plan.t_per_call} a call)"
+    update = f"{in_units(plan.update_bytes_per_rank)} for each rank and update"
+    weighed = "" if plan.checkpoint_dtype == "fp32" else ", less where a synthesis knows how far they move"
     facts = {
         "track sigma_rels": ", ".join(f"{s:g}" for s in plan.sigma_rels),
-        "a snapshot every": f"{plan.checkpoint_every} calls, {snapshots}",
-        "an update every": f"{plan.update_every} calls or 0.01% of t, {plan.num_updates} in all{per}",
+        "a snapshot every": f"{_calls(plan.checkpoint_every)}, {snapshots}",
+        "an update every": f"{_calls(plan.update_every)} or 0.01% of t, {plan.num_updates} in all{per}",
         f"error for {low:g} to {high:g}": f"worst {_percent(plan.worst_error)}, mean {_percent(plan.mean_error)}",
         "if stopped earlier": f"worst {_percent(plan.stop_error)}, from half of the run on, at a snapshot or between",
-        "rounding": f"changes parameters by {_percent(plan.rounding_noise)}",
-        "storage": f"{_bytes(plan.bytes_in_all)} in all, {_bytes(plan.bytes_per_rank)} by each rank",
-        "host memory": f"{_bytes(plan.host_bytes_per_rank)} for each rank",
-        "host bandwidth": f"{_bytes(plan.update_bytes_per_rank)} for each rank and update{_rate(plan.host_bandwidth)}",
-        "upload": f"{_bytes(plan.upload_bytes_per_rank)} for each rank and snapshot{_rate(plan.upload_bandwidth)}",
+        "rounding": f"changes parameters by {_percent(plan.rounding_noise)}{weighed}",
+        "storage": f"{in_units(plan.bytes_in_all)} in all, {in_units(plan.bytes_per_rank)} by each rank",
+        "host memory": f"{in_units(plan.host_bytes_per_rank)} for each rank",
+        "host bandwidth": f"{update}{_rate(plan.host_bandwidth)}",
+        "upload": f"{in_units(plan.upload_bytes_per_rank)} for each rank and snapshot{_rate(plan.upload_bandwidth)}",
     }
     return [f"{name + ':':<24}{text}" for name, text in facts.items()]
 
 
-def _table(plan: Plan, others: dict[str, Plan]) -> list[str]:
-    heads = ("", "sigma_rels", "kept", "dtype", "worst", "if stopped", "rounding", "storage", "host memory")
+def _table(plan: Plan, others: dict[str, Plan], storage_bytes: int | None) -> list[str]:
+    heads = ("", "sigma_rels", "kept", "dtype", "worst", "if stopped", "rounding", "storage", "host memory", "")
     rows = [heads]
     for what, p in {"this plan": plan, **others}.items():
         tracked = ", ".join(f"{s:g}" for s in p.sigma_rels)
         errors = (_percent(p.worst_error), _percent(p.stop_error), _percent(p.rounding_noise))
-        sizes = (_bytes(p.bytes_in_all), _bytes(p.host_bytes_per_rank))
-        rows.append((what, tracked, str(len(p.ts)), p.checkpoint_dtype, *errors, *sizes))
+        sizes = (in_units(p.bytes_in_all), in_units(p.host_bytes_per_rank))
+        drawbacks = {
+            "above --storage": storage_bytes is not None and p.bytes_in_all > storage_bytes,
+            f"error above {planning.GOOD_ERROR:.0%}": p.stop_error > planning.GOOD_ERROR,
+            f"rounding above {GOOD_NOISE:.1%}": p.rounding_noise > GOOD_NOISE,
+        }
+        note = ", ".join(text for text, is_so in drawbacks.items() if is_so)
+        rows.append((what, tracked, str(len(p.ts)), p.checkpoint_dtype, *errors, *sizes, note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -178,18 +187,13 @@ def _code(plan: Plan) -> list[str]:
     ]
 
 
+def _calls(number: int) -> str:
+    return "1 call" if number == 1 else f"{number} calls"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share >= _LEAST_SHOWN else f"<{100 * _LEAST_SHOWN:g}%"
 
 
 def _rate(bytes_per_second: float | None) -> str:
-    return "" if bytes_per_second is None else f", {_bytes(bytes_per_second)}/s"
-
-
-def _bytes(number: float) -> str:
-    """As in 2.5 GB, of 1000^3."""
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if number < _STEP or unit == "PB":
-            break
-        number /= _STEP
-    return f"{number:.3g} {unit}"
+    return "" if bytes_per_second is None else f", {in_units(bytes_per_second)}/s"

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from phema_dist.cli.arguments import add_run, opened, progress_bar
+from phema_dist.cli.arguments import add_run, opened, progress_bar, telling
 
 if TYPE_CHECKING:
     from phema_dist.cli.arguments import Commands
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Add these commands."""
     listing = commands.add_parser(
-        "ls", help="list the snapshots of a run", epilog="example: phema ls s3://bucket/run",
+        "ls", epilog="example: phema ls s3://bucket/run",
         description="List the snapshots of a run: t, whether complete and if not why, whether pinned, size.",
     )  # fmt: skip
     add_run(listing)
@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     listing.set_defaults(command=_ls)
 
     checking = commands.add_parser(
-        "verify", help="read everything, and name what is wrong", epilog="example: phema verify s3://bucket/run",
+        "verify", epilog="example: phema verify s3://bucket/run",
         description="Read every byte of a run and compare it with what was written. Damage is named, and makes the "
         "exit code 1; what is incomplete is noted. A job may write meanwhile.",
     )  # fmt: skip
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     checking.set_defaults(command=_verify)
 
     removing = commands.add_parser(
-        "gc", help="remove what is dead", epilog="example: phema gc s3://bucket/run --dry-run",
+        "gc", epilog="example: phema gc s3://bucket/run --dry-run",
         description="Remove what nobody will finish (parts of snapshots, puts that were cut off), and snapshots that "
         "were given up and that the run has gone beyond. Never pins, the newest complete snapshot, what a job writes.",
     )  # fmt: skip
@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
     removing.set_defaults(command=_gc, usage_error=removing.error)
 
     pinning = commands.add_parser(
-        "pin", help="keep a snapshot for ever", epilog="example: phema pin s3://bucket/run --t 20",
+        "pin", epilog="example: phema pin s3://bucket/run --t 20",
         description="Pin the snapshot at a t: neither a job nor `phema gc` deletes it, whatever they keep otherwise.",
     )  # fmt: skip
     add_run(pinning)
@@ -63,7 +63,9 @@ def _ls(arguments: argparse.Namespace) -> None:
     from phema_dist import report  # noqa: PLC0415  --help need not wait for torch
     from phema_dist.storage.run import open_run  # noqa: PLC0415
 
-    run = open_run(opened(arguments))
+    store = opened(arguments)
+    with telling(f"reading the table of contents of {store.url}", quiet=arguments.json):
+        run = open_run(store)
     print(json.dumps(report.listing_facts(run), indent=2) if arguments.json else report.listing(run))
 
 
@@ -72,7 +74,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from phema_dist.storage.verify import verify  # noqa: PLC0415
 
     store = opened(arguments)
-    with progress_bar() as progress:
+    with progress_bar(quiet=arguments.json) as progress:
         verdict = verify(store, progress)
     print(
         json.dumps({"url": store.url, **asdict(verdict)}, indent=2)
@@ -89,15 +91,17 @@ def _gc(arguments: argparse.Namespace) -> None:
     if arguments.retention and not arguments.keep:
         arguments.usage_error("--retention says which snapshots --keep N keeps: give that, too")
     store, removed = opened(arguments), []
-    for garbage in collect_garbage(
+    found = collect_garbage(
         store,
         keep=arguments.keep,
         retention=arguments.retention or "best",
         abandoned=arguments.abandoned,
         dry_run=arguments.dry_run,
-    ):
-        removed.append(garbage)
-        print(report.removal(garbage), flush=True)
+    )
+    with telling(f"looking through {store.url}") as say:
+        for garbage in found:
+            removed.append(garbage)
+            say(report.removal(garbage))
     print(report.removals(store, removed, dry_run=arguments.dry_run))
 
 
@@ -105,8 +109,6 @@ def _pin(arguments: argparse.Namespace) -> None:
     from phema_dist.storage import pins  # noqa: PLC0415
 
     store = opened(arguments)
-    if arguments.remove:
-        pins.unpin(store, arguments.t)
-    else:
-        pins.pin(store, arguments.t)
+    with telling(f"reading the table of contents of {store.url}"):
+        (pins.unpin if arguments.remove else pins.pin)(store, arguments.t)
     print(f"{store.url}: t={arguments.t} is {'not pinned any more' if arguments.remove else 'pinned'}")

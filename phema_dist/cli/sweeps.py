@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Add this command."""
     sweeping = commands.add_parser(
-        "sweep", help="find the best length by a metric of your own",
+        "sweep",
         description="Make averages of many lengths, measure each with a command, and keep the best. The command is "
         "started without a shell; {checkpoint} and {sigma_rel} in it are replaced, and the last number that it prints "
         "is the metric, low being good. After the grid, single points close in on the best one. The same command after "

@@ -7,7 +7,7 @@ accelerator the copy only begins here, and goes on beside training; from the CPU
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from phema_dist.training.layout import Piece
 
 NUM_SLOTS = 2
+_SMALL = 1 << 26  # bytes of which as many again do not matter
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +74,34 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def segments(pieces: Iterable[Piece]) -> tuple[Segment, ...]:
-    """Group pieces into segments, keeping their order inside each; parameters come first."""
+    """Group pieces into segments, keeping their order; parameters come first."""
     groups: dict[tuple[bool, torch.dtype], list[Piece]] = {}
     for piece in pieces:
         groups.setdefault((piece.info.kind != PARAMETER, piece.info.dtype), []).append(piece)
-    return tuple(Segment(tuple(groups[key])) for key in sorted(groups, key=lambda key: (key[0], str(key[1]))))
+    ordered = [groups[key] for key in sorted(groups, key=lambda key: (key[0], str(key[1])))]
+    return tuple(Segment(part) for group in ordered for part in _parts(group))
+
+
+def _parts(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
+    """Cut pieces into runs of almost 2^n bytes: PyTorch rounds pinned memory up to that, to almost twice of one run."""
+    sizes = [piece.box.numel * piece.info.dtype.itemsize for piece in pieces]
+    part: list[Piece] = []
+    filled, left = 0, sum(sizes)
+    room = 1 << left.bit_length() >> 1
+    for piece, size in zip(pieces, sizes, strict=True):
+        if part and filled + size > room and left > _SMALL:
+            yield tuple(part)
+            left -= filled
+            part, filled, room = [], 0, 1 << left.bit_length() >> 1
+        part.append(piece)
+        filled += size
+        room = max(room, _rounded(filled))
+    yield tuple(part)
+
+
+def _rounded(num_bytes: int) -> int:
+    """What PyTorch takes for pinned memory of so many bytes."""
+    return 1 << max(0, num_bytes - 1).bit_length()
 
 
 @dataclass

@@ -33,7 +33,11 @@ class Counts:
 
 
 def describe(counts: Counts, t: int = 0, lag: int = 0, stopped: str | None = None) -> Status:
-    """The counts in the words of `PostHocEMA.status`; `stopped` says why a thread did, if one did."""
+    """The counts in the words of `PostHocEMA.status`; `stopped` says why a thread did, if one did.
+
+    Flat: numbers, None for what has not been yet, one text. TensorBoard and MLflow take numbers only:
+    `{name: value for name, value in status.items() if isinstance(value, int | float)}`.
+    """
     return {
         "t": t - counts.no_steps,
         "updates": counts.updates,
