@@ -1,12 +1,18 @@
 """Fixtures: an S3 server for the session, a fresh bucket for a test, and one test run on every kind of storage."""
 
+import os
 import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import ranks  # before anybody begins a forkserver
 from s3_server import S3Server
+
+# Before anything imports numpy or torch, and for every process that a test starts: two workers of two threads each
+# on two cores spin while they wait for each other. Tests of threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Target = tuple[str, dict[str, Any]]  # a url and its storage_options
 
@@ -15,6 +21,14 @@ Target = tuple[str, dict[str, Any]]  # a url and its storage_options
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with S3Server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_synced() -> Iterator[None]:
+    """Tests of what a disk answers bring their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", ranks.without_waiting)
+        yield
 
 
 @pytest.fixture

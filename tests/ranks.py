@@ -1,14 +1,19 @@
-"""Run a function on several real processes at once, as torchrun would, without paying for its start every time.
+"""Run a function, or a script, on several real processes at once, as torchrun would, without paying for their start.
 
 The processes are forked from one that has imported torch, and stay for the whole session; each call gives them a fresh
 gloo group on the loopback interface. The function must stand in a module (it is found by name), takes its arguments
-pickled, and asks torch.distributed who it is. Processes that raise or hang are replaced before the next call.
+pickled, and asks torch.distributed who it is. Processes that raise or hang are replaced before the next call. A script
+has processes of its own, forked from the same one, with the environment that torchrun gives.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
+import runpy
 import signal
+import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -17,10 +22,30 @@ from datetime import timedelta
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 _COLLECTIVE_SECONDS = 30  # how long a rank waits for the others: shorter than a call, so that a hang shows its place
 _SECONDS_AFTER_AN_ERROR = 3.0  # for the other ranks, once one has raised
+_STREAMS = ("out", "err")
+# What forked processes would otherwise import one by one. There is one such server, also of those who take no ranks
+# from here: its list counts only before it begins, so it stands where this is imported.
+multiprocessing.set_forkserver_preload(
+    [
+        "torch._dynamo",  # by the first wrapper, or the first step of an optimizer
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.checkpoint.hf_storage",
+        "phema_dist.synthesis.consolidate",
+        "phema_dist.synthesis.join",
+        "phema_dist.synthesis.reader",
+        "phema_dist.cli",
+        "phema_dist.ema",
+        "hypothesis.strategies",
+        "pytest",
+        "s3fs",
+    ]
+)
 
 
 class RanksFailedError(AssertionError):
@@ -32,14 +57,18 @@ class _Pool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
         self._workers: list[tuple[BaseProcess, Connection]] = []
+
+    def process(self, step: Callable[..., Any], *args: Any) -> BaseProcess:
+        """Start one that calls `step(*args)`."""
+        process = self._context.Process(target=step, args=args, daemon=True)
+        process.start()
+        return process
 
     def run(self, world_size: int, step: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         while len(self._workers) < world_size:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
+            process = self.process(_serve, theirs)
             theirs.close()
             self._workers.append((process, ours))
         workers = self._workers[:world_size]
@@ -80,6 +109,54 @@ def run(world_size: int, step: Callable[..., Any], *args: Any, timeout: float = 
     return _pool().run(world_size, step, args, timeout)
 
 
+def launch(
+    world_size: int, script: str, *arguments: str, folder: Path, timeout: float = 150, **environment: str
+) -> str:
+    """Run a script, or a module if it has no suffix, on as many ranks in a folder; what all of them print.
+
+    Raises:
+        RanksFailedError: some rank did not return, or not with 0; with all that was said.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as logs:
+        free.bind(("127.0.0.1", 0))
+        shared = {
+            "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo", **environment,
+        }  # fmt: skip
+        free.close()
+        processes = [
+            _pool().process(_program, script, arguments, folder, f"{logs}/{rank}", shared | ranked)
+            for rank, ranked in enumerate({"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world_size))
+        ]
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        said = ["".join(Path(f"{logs}/{rank}.{name}").read_text() for rank in range(world_size)) for name in _STREAMS]
+    if any(process.exitcode for process in processes):
+        raise RanksFailedError("\n".join([f"exit codes {[process.exitcode for process in processes]}", *said]))
+    return said[0]
+
+
+def without_waiting(fd: int) -> None:
+    """Stands for os.fsync: no test cuts the power, and to sync each small file takes longer than all else with it."""
+
+
+def _program(script: str, arguments: tuple[str, ...], folder: Path, log: str, environment: dict[str, str]) -> None:
+    gc.freeze()  # or it takes a second to collect all of torch
+    for number, name in enumerate(_STREAMS, 1):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [script, *arguments]
+    if script.endswith(".py"):
+        sys.path.insert(0, str(Path(script).parent))
+        runpy.run_path(script, run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
 def _collect(pipes: list[Connection], timeout: float) -> dict[int, tuple[str, Any]]:
     answers: dict[int, tuple[str, Any]] = {}
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -101,6 +178,8 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist  # noqa: PLC0415
 
     faulthandler.register(signal.SIGUSR1)
+    os.fsync = without_waiting
+    gc.freeze()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     while True:

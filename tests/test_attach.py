@@ -419,6 +419,7 @@ def test_averages_are_exact_although_the_copy_is_late_and_only_because_the_next_
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_on_a_gpu_skipped_steps_are_found_out_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ranks
 from test_distributed import SIGMA_RELS, Net, assert_same, set_values
 
 from phema_dist import PostHocEMA, synthesize
@@ -14,7 +15,7 @@ from phema_dist.storage.store import open_store
 JOB = Path(__file__).with_name("elastic_job.py")
 
 
-def launch(num_ranks: int, *arguments: object) -> str:
+def torchrun(num_ranks: int, *arguments: object) -> str:
     command = [
         *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--max-restarts", "2"),
         *("--nproc-per-node", str(num_ranks), "--monitor-interval", "0.1", str(JOB), *map(str, arguments)),
@@ -28,11 +29,11 @@ def launch(num_ranks: int, *arguments: object) -> str:
 
 def test_torchrun_restarts_and_resizes_a_job_and_every_average_is_exact(tmp_path: Path) -> None:
     run, training, alone = tmp_path / "run", tmp_path / "training", tmp_path / "alone"
-    said = launch(2, run, training, 33, "ddp", 12, 24)
-    assert [line.split()[-1] for line in said.splitlines() if line.startswith("life")] == [
-        *("0", "0"), *("7", "7"), *("21", "21")
-    ]  # fmt: skip
-    said = launch(4, run, training, 51, "fsdp")
+    said = torchrun(2, run, training, 33, "ddp", 12)
+    assert [line.split()[-1] for line in said.splitlines() if line.startswith("life")] == ["0", "0", "7", "7"]
+    said = ranks.launch(
+        4, str(JOB), str(run), str(training), "51", "fsdp", folder=tmp_path, TORCHELASTIC_RESTART_COUNT="0"
+    )
     assert said.count("of 4 ranks goes on at 28") == 4
 
     model = Net()

@@ -847,7 +847,7 @@ def test_a_forked_child_neither_writes_nor_waits(tmp_path: Path) -> None:
         ema.update_(model)
         child = multiprocessing.get_context("fork").Process(target=int)
         child.start()
-        child.join(5)
+        child.join(60)
         assert child.exitcode == 0
         ema.update_(model)
     assert open_run(open_store(tmp_path / "run")).complete[-1].t == 2

@@ -20,6 +20,7 @@ from torch import nn
 from phema_dist import PostHocEMA, synthesize
 from phema_dist.cli import main
 from phema_dist.errors import BackgroundError, KeyMissingError, RunError, SettingsError
+from phema_dist.prediction import in_units
 from phema_dist.storage.gc import collect_garbage
 from phema_dist.storage.run import delete_snapshot, open_run, start_attempt, write_index
 from phema_dist.storage.store import LocalStore, Store, open_store
@@ -117,7 +118,7 @@ def test_retention_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == listed.replace("would be removed", "removed")
     assert "3 things would be removed" in listed.splitlines()[-1]
     assert "not one of the 3 to keep" in listed
-    assert f" {size - sum(s.num_bytes for s in open_run(store).complete):,} bytes" in listed.splitlines()[-1]
+    assert f" {in_units(size - sum(s.num_bytes for s in open_run(store).complete))}" in listed.splitlines()[-1]
     left = [s.t for s in open_run(store).complete]
     assert len(left) == 3
     assert {1000, 6000} <= set(left)

@@ -295,7 +295,7 @@ def test_looking_for_changes_costs_far_less_than_an_update() -> None:
     model = nn.ModuleList([nn.Linear(2, 2) for _ in range(2500)])
     layout = read_layout(model)
     seconds = min(timeit.repeat(layout.check_unchanged, number=1, repeat=50))
-    assert seconds < 1e-3, f"{seconds * 1e3:.2f} ms for 5 000 parameters"
+    assert seconds < 4e-3, f"{seconds * 1e3:.2f} ms for 5 000 parameters"
 
 
 def test_the_storage_is_looked_up_anew_and_never_kept() -> None:

@@ -430,7 +430,7 @@ def test_an_imported_run_is_read_everywhere_and_gone_on_with_nowhere(
         theirs.update_(model) if library == "posthoc-ema" else theirs.update()
     given = ["--storage-options", json.dumps(options)] if options else []
     command = ["import", str(tmp_path / "ema"), "--from", library, "--out", url, *given]
-    assert main(command) == 1
+    assert main(command) == 2
     assert "--sigma-rels must say what the training tracked" in capsys.readouterr().err
     assert main([*command, "--sigma-rels", "0.05,0.28", "--update-every", "2"]) == 0
     told = capsys.readouterr().out.splitlines()

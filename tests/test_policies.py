@@ -281,7 +281,7 @@ def test_an_update_that_comes_too_soon_is_skipped_exactly(tmp_path: Path, attach
         for _ in range(7):  # 1 is being taken in, 2 is queued, 3 to 7 are skipped
             step()
         assert (ema.status()["updates_skipped"], ema.status()["lag"]) == (5, 2)
-        assert ema.status()["stall_seconds"] < 1  # type: ignore[operator]
+        assert ema.status()["stall_seconds"] < 20  # type: ignore[operator]
         waiting = threading.Thread(target=step)  # 8, a snapshot's own
         waiting.start()
         waiting.join(0.2)

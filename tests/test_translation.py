@@ -131,5 +131,5 @@ def test_the_example_in_the_help_prints_a_table(capsys: pytest.CaptureFixture[st
 def test_what_cannot_be_is_refused_with_the_bound(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["convert", *arguments]) == 1
+    assert main(["convert", *arguments]) == 2
     assert told in capsys.readouterr().err
