@@ -8,6 +8,7 @@ Beside what people import instead. The limit is 0: whoever has torch has the int
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def measured(what: str) -> tuple[float, int]:
     """Median seconds, and how many modules are loaded; the first of the processes fills the caches."""
     code = what if what.startswith("import ") else f"import phema_dist; {what}"
     command = [sys.executable, "-W", "ignore", "-c", CHILD.format(code=code)]
-    run = partial(subprocess.run, command, check=True, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    run = partial(subprocess.run, command, check=True, capture_output=True, text=True, env=environment)
     lines = [run().stdout for _ in range(REPEATS + 1)]
     seconds, modules = zip(*(line.splitlines()[-1].split() for line in lines[1:]), strict=True)
     return statistics.median(map(float, seconds)), int(modules[0])

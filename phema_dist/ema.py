@@ -280,7 +280,10 @@ class PostHocEMA(SwitchingAverages):
         return TrainingState(self._training(None), self._ranks)
 
     def status(self) -> Status:
-        """How the background path of this rank fares, as a dict for a log. Never waits and never communicates.
+        """How the background path of this rank fares, as a flat dict for a log. Never waits and never communicates.
+
+        W&B takes it as it is. TensorBoard and MLflow take numbers only:
+        `{name: value for name, value in ema.status().items() if isinstance(value, int | float)}`.
 
         Counts begin when this object begins to train; an object that only reads has zeros.
 

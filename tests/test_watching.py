@@ -115,6 +115,23 @@ def test_a_normal_run_warns_of_nothing(tmp_path: Path) -> None:
     assert told == [[], []]
 
 
+def test_at_info_rank_0_tells_the_story_of_a_run_and_the_others_are_silent(tmp_path: Path) -> None:
+    first, second = ranks.run(2, heard, tmp_path / "run", 60, logging.INFO)
+    assert second == []
+    assert {level for level, _ in first} == {"INFO"}
+    texts = [text.removeprefix(str(tmp_path / "run")) for _, text in first]
+    assert texts[0] == ": attempt 0 begins at t=0 on 2 ranks; 2 tensors, sigma_rels 0.05, 0.28"
+    assert texts[1] == ", rank 0 averages 40 elements in 960 B of host memory"  # 24 bytes each
+    complete = [text for text in texts if text.endswith("the snapshot is complete, of all ranks")]
+    assert complete[0].startswith(", rank 0, t=10: ")
+    assert any(text.endswith("the snapshot is deleted: not one of the 4 to keep") for text in texts)
+    assert texts[-1].startswith(", rank 0, t=60: closed; updates: 60, snapshots: 6, ")
+
+    (first, second) = ranks.run(2, heard, tmp_path / "run", 10, logging.DEBUG, True)
+    assert "going on from t=60 of attempt 0" in first[0][1]
+    assert ("DEBUG", f"{tmp_path / 'run'}, rank 1, t=70: its part is stored") in second
+
+
 # Progress of commands.
 
 

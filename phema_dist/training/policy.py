@@ -45,6 +45,11 @@ class Place:
         """Log what went wrong at t."""
         _log.warning("%s, rank %d, t=%d: %s", self.store.url, self.rank, t, text)
 
+    def tell(self, t: int, text: str) -> None:
+        """Log what happened at t, and happens alike on all ranks: rank 0 says it for those who want to know."""
+        level = logging.DEBUG if self.rank else logging.INFO
+        _log.log(level, "%s, rank %d, t=%d: %s", self.store.url, self.rank, t, text)
+
 
 @dataclass
 class Grid:
@@ -130,12 +135,15 @@ def tidy(place: Place, t: int, known: runs.Known, told: set[int], swept: set[int
     run = runs.open_run(place.store, known)
     check_not_superseded(place, run)
     _tell_incomplete(place, run, t, told)
+    unwanted = {s.folder: (s, "nobody will finish it") for s in partials(run)}
+    unwanted |= {s.folder: (s, "the run went on from before it") for s in left_behind(run)}
     surplus = not_kept(run, place.max_checkpoints, t, place.retention)
-    unwanted = {s.folder: s for s in (*partials(run), *left_behind(run), *surplus)}
-    for number, snapshot in enumerate(unwanted.values()):
+    unwanted |= {s.folder: (s, f"not one of the {place.max_checkpoints} to keep") for s in surplus}
+    for number, (snapshot, why) in enumerate(unwanted.values()):
         if number:  # the others took their time
             check_not_superseded(place)
-        delete_unpinned(place.store, snapshot)
+        if delete_unpinned(place.store, snapshot):
+            place.tell(snapshot.t, f"the snapshot is deleted: {why}")
     newest = run.newest()
     if newest is not None:
         kept = (s for s in run.complete if s.t < newest.t and s.folder not in unwanted)

@@ -115,7 +115,13 @@ def start(store: Store, found: Found, world_size: int) -> Attempt:
     if found.is_new:
         runs.create_run(store, found.info)
     parent, t = (found.parent.attempt, found.parent.t) if found.parent else (None, 0)
-    return runs.start_attempt(store, world_size, found.next_attempt, parent, t)
+    attempt = runs.start_attempt(store, world_size, found.next_attempt, parent, t)
+    tracked = ", ".join(f"{s:g}" for s in found.info.sigma_rels)
+    _log.info(
+        "%s: attempt %d begins at t=%d on %d ranks; %d tensors, sigma_rels %s",
+        store.url, attempt.number, t, world_size, len(found.info.tensors), tracked,
+    )  # fmt: skip
+    return attempt
 
 
 def start_from(store: Store, t: int, saved_by: tuple[int, str], world_size: int) -> Attempt:
@@ -131,7 +137,11 @@ def start_from(store: Store, t: int, saved_by: tuple[int, str], world_size: int)
             "and the attempt that saved the state is not one of its own. Use the run's checkpoint_dir, or an empty one."
         )
     _tell_what_is_hidden(run, t)
-    return runs.start_attempt(store, world_size, run.next_attempt, saved_by[0] if known else None, t)
+    attempt = runs.start_attempt(store, world_size, run.next_attempt, saved_by[0] if known else None, t)
+    _log.info(
+        "%s: attempt %d goes on from training_state at t=%d on %d ranks", store.url, attempt.number, t, world_size
+    )
+    return attempt
 
 
 def _tell_what_is_hidden(run: runs.Run, t: int) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from phema_dist.prediction import in_units
 from phema_dist.storage.manifest import Measured
+from phema_dist.storage.snapshot import DTYPES
+from phema_dist.training.staging import NUM_SLOTS
+
+if TYPE_CHECKING:
+    from phema_dist.training.staging import Segment
 
 Status = dict[str, int | float | str | None]
 
@@ -53,6 +61,28 @@ def describe(counts: Counts, t: int = 0, lag: int = 0, stopped: str | None = Non
         "last_complete_snapshot": counts.last_complete,
         "last_error": stopped or counts.last_error,
     }
+
+
+def outcome(counts: Counts) -> str:
+    """What became of a rank's updates and snapshots, when it has ended well."""
+    text = f"closed; updates: {counts.updates}, snapshots: {counts.written}, {in_units(counts.num_bytes)} of this rank"
+    odd = {
+        "updates skipped": counts.updates_skipped,
+        "updates refused": counts.updates_refused,
+        "snapshots skipped": counts.skipped,
+        "snapshots failed": counts.failed,
+    }
+    return "".join([text, *(f", {name}: {number}" for name, number in odd.items() if number)])
+
+
+def footprint(segments: Sequence[Segment], num_profiles: int, dtype: str) -> str:
+    """What a rank averages, and the host memory that takes for averages, staging and one snapshot stored as `dtype`."""
+    stored = DTYPES[dtype].itemsize
+    staged = sum(NUM_SLOTS * segment.numel * segment.dtype.itemsize for segment in segments)
+    averaged = [segment for segment in segments if segment.averaged]
+    averages = sum(segment.numel * (segment.average_dtype.itemsize + stored) for segment in averaged)
+    numel = sum(segment.numel for segment in averaged)
+    return f"{numel} elements in {in_units(staged + num_profiles * averages)} of host memory"
 
 
 def measured(counts: Counts, lag: int, numel: int, squares: float, moved: float, *moving: float) -> Measured | None:

@@ -59,6 +59,7 @@ class Storing:
             self._lose(manifest.t, error)
             return
         if manifest.refused is None:
+            _log.debug("%s, rank %d, t=%d: its part is stored", self.place.store.url, self.place.rank, manifest.t)
             counts.written += 1
             counts.last_written, self.unstored = manifest.t, None
         else:
@@ -100,7 +101,10 @@ class Storing:
         except Exception as error:  # noqa: BLE001  the training goes on with what is there
             self._tell(t, "older snapshots could not be deleted", error)
         mine = (s.t for _, s in self._known.values() if s.manifests and s.manifests[0].token == place.attempt.token)
-        self._counts.last_complete = max(mine, default=self._counts.last_complete)
+        before = self._counts.last_complete
+        for complete in sorted(s for s in mine if before is None or s > before):
+            place.tell(complete, "the snapshot is complete, of all ranks")
+            self._counts.last_complete = complete
 
     def _tell(self, t: int, what: str, error: Exception) -> str:
         """Note and log an error of storage; with its way through the code if it is none of those that we expect."""

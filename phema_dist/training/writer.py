@@ -26,7 +26,7 @@ from phema_dist.training import ends
 from phema_dist.training.buffers import SnapshotBuffers
 from phema_dist.training.policy import Grid, Place, wait_until_complete
 from phema_dist.training.staging import NUM_SLOTS, Staging
-from phema_dist.training.status import Counts, Status, describe, measured
+from phema_dist.training.status import Counts, Status, describe, footprint, measured, outcome
 from phema_dist.training.storing import Storing
 from phema_dist.training.worker import Worker
 
@@ -84,6 +84,8 @@ class Writer:
         self._place = self._storing.place = place
         self._averages: Worker[Update] = Worker("phema-averages", self._apply, self._changed)
         self._storage: Worker[Manifest] = Worker("phema-storage", self._store, self._changed)
+        taken = footprint(self._segments, len(place.sigma_rels), self._dtype)
+        _log.log(logging.DEBUG if place.rank else logging.INFO, "%s averages %s", self.name, taken)
         ends.opened(self)
 
     @property
@@ -230,6 +232,7 @@ class Writer:
             cause = reason if isinstance(reason, Exception) else None
             raise BackgroundError(f"the last snapshot could not be stored: {reason}") from cause
         self.check()
+        self._place.tell(0 if self._last is None else self._last.t, outcome(self.counts))
 
     def abandon(self, timeout: float, why: str = "given up") -> None:
         """End the threads without a last snapshot: store what is queued if that is quick, and raise nothing."""
@@ -314,7 +317,7 @@ class Writer:
         self._snapshot_t = update.t
         if self._grid.narrow():
             every = f"one snapshot in {self._grid.every}" if self._grid.every > 1 else "every snapshot"
-            self._place.warn(update.t, f"storage is quicker now; {every} is taken")
+            self._place.tell(update.t, f"storage is quicker now; {every} is taken")
         sums = (0, 0.0, 0.0, 0.0, 0.0)
         if refused is None:
             for fqn in self._buffers.fill(staged):
