@@ -62,6 +62,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/imported.py
 	$(BIN)/python benchmarks/imports.py
+	$(BIN)/python benchmarks/gpu.py --quick
 
 venv: $(READY)
 

@@ -14,6 +14,13 @@ from s3_server import S3Server
 # on two cores spin while they wait for each other. Tests of threads set their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Show an accelerator only to those who want it, `pytest -m gpu`: the others compare with a CPU."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 Target = tuple[str, dict[str, Any]]  # a url and its storage_options
 
 

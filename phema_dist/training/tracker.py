@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from phema_dist.shard import Box
     from phema_dist.training.staging import Segment
 
-# Large enough that taking the interpreter lock again after each block does not matter beside a busy training thread
-# (blocks of 256 K elements take three times as long there), small enough for a block to stay in the cache.
+# Elements, for each core that an operation uses. Large enough that taking the interpreter lock again after each block
+# does not matter beside a busy training thread (blocks of 256 K elements take three times as long there), small enough
+# for a block to stay in the caches of the cores.
 _BLOCK = 1 << 20
+_MOST_CORES = 16  # or the block that bfloat16 is cast into would be large
 
 
 class Tracker:
@@ -36,8 +38,9 @@ class Tracker:
         ]
         self.history = profile.UpdateHistory()
         self.num_refused = 0
+        self._block = _BLOCK * min(torch.get_num_threads(), _MOST_CORES)
         upcast = any(s.dtype != s.average_dtype for s in self.segments)
-        self._scratch = torch.empty(_BLOCK, dtype=torch.float32, device="cpu") if upcast else None
+        self._scratch = torch.empty(self._block, dtype=torch.float32, device="cpu") if upcast else None
 
     @property
     def t(self) -> int:
@@ -66,7 +69,8 @@ class Tracker:
         Returns:
             Whether the averages now include the parameters at t.
         """
-        blocks = [(s, flat[i : i + _BLOCK], i) for s, flat in enumerate(staged) for i in range(0, flat.numel(), _BLOCK)]
+        size = self._block
+        blocks = [(s, flat[i : i + size], i) for s, flat in enumerate(staged) for i in range(0, flat.numel(), size)]
         if not all(_is_finite(block) for _, block, _ in blocks):
             self.num_refused += 1
             return False
