@@ -414,6 +414,7 @@ def test_json_has_everything_and_t_may_count_samples(
         ([*EXAMPLE, "--storage", "9" * 400 + "TB"], 2, "must be a size"),
         (["--steps", "1e18", "--parameters", "1B"], 2, "at most 2**53 steps and 10**9 calls"),
         (["--steps", "2e9", "--parameters", "1B"], 2, "at most 2**53 steps and 10**9 calls"),
+        (["--steps", "1e5", "--parameters", "1B", "--checkpoint-every", "1"], 2, "at most 2000 snapshots"),
         (["--steps", "10", "--parameters", "large"], 2, "350M"),
         ([*EXAMPLE, "--sigma-rel", "0.05:0.35"], 2, "(0, 0.28867]"),
         ([*EXAMPLE, "--sigma-rel", "0.1"], 2, "needs no plan"),
