@@ -23,6 +23,7 @@ from phema_dist.training.session import Session, begin
 from phema_dist.training.settings import Settings, check_resume, floats, integer, planned, sum_dtype
 from phema_dist.training.start import check_sigma_rels
 from phema_dist.training.status import Counts, Status, describe
+from phema_dist.training.swap import holds_average
 
 if TYPE_CHECKING:
     from torch import nn
@@ -314,7 +315,7 @@ class PostHocEMA(SwitchingAverages):
         """
         if self._session is not None and not self._closed:
             self._end()
-            self._session.close(timeout, borrowed=bool(self._borrowed))
+            self._session.close(timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -339,15 +340,15 @@ class PostHocEMA(SwitchingAverages):
         """The session, to average in; collective if there is none yet."""
         if self._closed:
             raise SettingsError("this PostHocEMA is closed; make a new one with resume=True to go on.")
-        if self._borrowed:
+        model = (self._model if self._session is None else self._session.model) if model is None else model
+        if model is None:
+            raise SettingsError("update_ needs a model: pass it here, or to from_path.")
+        if holds_average(model):
             raise SettingsError(
                 "inside `with ema.model(...)` the parameters are an average: train, update and switch outside."
             )
         if self._session is not None:
             return self._session
-        model = self._model if model is None else model
-        if model is None:
-            raise SettingsError("update_ needs a model: pass it here, or to from_path.")
         return self._begin(model, join(self._group), self._resume)
 
     def _end(self) -> None:

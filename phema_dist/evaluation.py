@@ -36,7 +36,6 @@ class StoredAverages:
         self._session: Session | None = None
         self._ranks = ALONE  # that train together
         self._group: ProcessGroup | None = None
-        self._borrowed = 0  # how many `model` blocks hold an average in the live model
         self._closed = False
 
     @contextmanager
@@ -75,11 +74,7 @@ class StoredAverages:
         together = exchange or self._group is not None or is_sharded(model)
         ranks = (self._ranks if self._session else join(self._group)) if together else ALONE
         with self._average(ranks, sigma_rel, step, calculation_dtype).in_place(model, shares=exchange):
-            self._borrowed += 1
-            try:
-                yield model
-            finally:
-                self._borrowed -= 1
+            yield model
 
     @contextmanager
     def state_dict(

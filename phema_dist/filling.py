@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phema_dist.errors import DamagedError, LayoutError
+from phema_dist.errors import DamagedError, LayoutError, SettingsError
 from phema_dist.storage import run as runs
 from phema_dist.storage.manifest import PARAMETER
 from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_states
@@ -27,7 +27,7 @@ from phema_dist.training.layout import Layout, read_layout, select
 from phema_dist.training.masters import find_masters, into_masters
 from phema_dist.training.ownership import Shared, share, tell_apart
 from phema_dist.training.session import require_same_t
-from phema_dist.training.swap import into, swapped
+from phema_dist.training.swap import check_writable, into, swapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from phema_dist.storage.store import Store
     from phema_dist.synthesis.stream import Sink
     from phema_dist.training.session import Session
+
+_PLACE = "ema.model or ema.switch_: all ranks must enter together, if the model is sharded or exchange=True"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Average:
 
         `shares`: what several ranks hold is read once, and given to the others.
         """
+        self._agree()
         layout = self._layout(model)
         parts = self._present(layout) or (self._read_parts(layout) if shares and self.ranks.size > 1 else None)
         if parts is None:
@@ -72,6 +75,7 @@ class Average:
                 for tensor in layout.tensors:
                     boxes.setdefault(tensor.info.fqn, []).append(tensor.box)
                 self._read(lambda _, fqn, box, values: write(fqn, box, values), boxes)
+            torch.clear_autocast_cache()  # or a forward would go on with what it cast before
             yield
 
     def switch(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -79,7 +83,9 @@ class Average:
 
         All of it has been read before anything is changed.
         """
+        self._agree()
         layout = self._layout(model)
+        self.ranks.each(lambda: check_writable(layout))
         masters = self.ranks.each(lambda: find_masters(layout, optimizers))
         shared, owned = self._present(layout) or self._read_parts(layout)
         into_model, into_their_masters = into(layout), into_masters(masters)
@@ -90,6 +96,7 @@ class Average:
                 into_their_masters(fqn, box, values)
 
         exchange(self.ranks, shared, owned, write)
+        torch.clear_autocast_cache()
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Collective: as full CPU tensors, on every rank; of storage."""
@@ -99,9 +106,21 @@ class Average:
         self._read(fill_states([state]), None)
         return state
 
+    def _agree(self) -> None:
+        """Collective: all ranks are here, and ask for the same."""
+        self.ranks.meet(_PLACE)
+        target, t, dtype = self.request.targets[0].name, self.request.t, self.request.calculation_dtype
+        first, *others = self.ranks.gather((target, t, str(dtype)))
+        for rank, other in enumerate(others, start=1):
+            if other != first:
+                raise SettingsError(
+                    f"all ranks must ask for the same average; rank 0 asks for {first} and rank {rank} for {other}."
+                )
+
     def _layout(self, model: nn.Module) -> Layout:
         """Collective: where the tensors of the run lie in a model, which holds its shards from now on."""
-        info = self.ranks.on_first(lambda: runs.read_info(self.store))
+        session = self.session
+        info = self.ranks.on_first(lambda: runs.read_info(self.store)) if session is None else session.info
         shapes = {fqn: facts.shape for fqn, facts in info.tensors.items()}
         names = shapes if info.only_save_diff else None
 
@@ -110,7 +129,7 @@ class Average:
             return select(found, shapes, shapes, partial=info.only_save_diff)
 
         layout = self.ranks.each(look)
-        alone = self.session if self.is_alone else None
+        alone = session if self.is_alone else None
         _check_all_are_held(
             self.ranks, layout, [name for name in shapes if alone is None or alone.has(name)], self.prefix
         )

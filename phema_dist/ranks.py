@@ -6,7 +6,9 @@ All of them carry small Python objects, or host memory, over gloo, so no acceler
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_log = logging.getLogger("phema_dist")
+_SECONDS_TO_MEET, _POLL_SECONDS = 30.0, 0.0005
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +96,20 @@ class Ranks:
             kind, text = answer[1]
             raise kind(f"rank 0: {text}")
         return answer[0]  # type: ignore[no-any-return]
+
+    def meet(self, where: str) -> None:
+        """Collective: wait for all ranks, and say `where` if it takes long: perhaps some never come."""
+        if self.group is None:
+            return
+        work = dist.barrier(group=self.group, async_op=True)
+        begin, told = time.monotonic(), False
+        while work is not None and not work.is_completed():
+            time.sleep(_POLL_SECONDS)
+            if not told and time.monotonic() - begin > _SECONDS_TO_MEET:
+                _log.warning("rank %d waits for the other ranks in %s", self.rank, where)
+                told = True
+        if work is not None:
+            work.wait()
 
     def swap(self, to: int, sent: torch.Tensor | None, source: int, received: torch.Tensor | None) -> None:
         """Collective of pairs: send flat host memory to one rank while filling some with what another one sends."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from phema_dist.training.policy import Place
 from phema_dist.training.settings import Settings, integer
 from phema_dist.training.staging import segments
 from phema_dist.training.start import Found, check_same_place, look, start, start_from
+from phema_dist.training.swap import holds_average
 from phema_dist.training.tracker import Tracker
 from phema_dist.training.writer import Writer
 
@@ -75,6 +77,7 @@ class Session:
         self._counted = True  # t is the number of calls
         self._skips: torch.Tensor | None = None  # rounds of `attach` that proved to be no steps, counted on the device
         self._called = False  # since the averages were made, or restored
+        self._loaded = False  # the averages are those of a training checkpoint, and no update has followed
         self.writer = Writer(
             self.segments, self.tracker, settings.checkpoint_dtype, raises=settings.on_error == "raise"
         )
@@ -101,10 +104,12 @@ class Session:
     def present_time(self, layout: Layout) -> int | None:
         """Time of the averages, if they are there now for a model that lies here as this layout; after `settle`.
 
-        None before the first update of this job, and if the last one was refused.
+        None before the first update of this job, unless a training checkpoint was loaded, and if the last one was
+        refused.
         """
         mine, theirs = ({(tensor.info.fqn, tensor.box) for tensor in of.tensors} for of in (self._layout, layout))
-        return self.tracker.t if self.writer.staged is not None and mine == theirs else None
+        there = self._loaded or self.writer.staged is not None
+        return self.tracker.t if there and mine == theirs else None
 
     def average(self, sigma_rel: float) -> dict[str, list[tuple[Box, torch.Tensor]]]:
         """What this rank owns of a tracked average as it is now, and of buffers; until the next update.
@@ -112,9 +117,11 @@ class Session:
         By tensor, the boxes and their values in host memory, in `average_dtype`.
         """
         owned = self.tracker.boxes()[self.info.sigma_rels.index(sigma_rel)]
-        for segment, flat in zip(self.segments, self.writer.staged or (), strict=True):
+        staged = self.writer.staged or repeat(None, len(self.segments))  # else the model's own buffers, as loaded
+        for segment, pieces, flat in zip(self.segments, self._pieces, staged, strict=True):
             if not segment.averaged:
-                for piece, values in zip(segment.pieces, segment.views(flat), strict=True):
+                copies = [piece.local().cpu() for piece in pieces] if flat is None else segment.views(flat)
+                for piece, values in zip(pieces, copies, strict=True):
                     owned.setdefault(piece.info.fqn, []).append((piece.box, values))
         return owned
 
@@ -149,6 +156,7 @@ class Session:
     def go_on_from(self, clock: Clock, attempt: Attempt) -> None:
         """Go on from averages that were put into the tracker, as this attempt."""
         self.t, self._calls, self._last_time, self._called = clock.t, clock.calls, clock.last_update, False
+        self._loaded = True
         if self._skips is not None:
             self._skips.zero_()
         self.tracker.restore(UpdateHistory(clock.updates))
@@ -181,23 +189,23 @@ class Session:
                 self._hand_over(model, skips, snapshot=snapshot)
         self.writer.check()  # last: an error that is caught leaves nothing undone
 
-    def close(self, timeout: float | None, *, borrowed: bool) -> None:
-        """Write a last snapshot, and end the threads; see Writer.close. `borrowed`: the model holds an average now."""
+    def close(self, timeout: float | None) -> None:
+        """Write a last snapshot, and end the threads; see Writer.close."""
         begin = monotonic()
         try:
-            if not borrowed:
-                self._catch_up(timeout)
+            self._catch_up(timeout)
         except PhemaError:
             self.writer.close(timeout)
             raise
         self.writer.close(None if timeout is None else max(0.0, begin + timeout - monotonic()))
 
     def _catch_up(self, timeout: float | None = None) -> None:
-        """Where updates may be skipped, make one now, unless the last call did.
+        """Where updates may be skipped, make one now, unless the last call did, or the model holds an average.
 
         Each rank skips for itself, and what they are to store together needs one t.
         """
-        if self._settings.on_busy == "skip" and self._called and self.t - self._origin > self._last_time:
+        behind = self._called and self.t - self._origin > self._last_time
+        if self._settings.on_busy == "skip" and behind and not holds_average(self._model):
             # That the latest step was none does not matter: the parameters are what they are at this t.
             self._hand_over(None, self._skips if self._counted else None, timeout=timeout)
 
@@ -211,6 +219,7 @@ class Session:
     ) -> None:
         pieces = self._pieces_of(model)
         self._layout.check_unchanged()
+        self._loaded = False
         self.writer.update(
             pieces, self.t, self._calls, snapshot=snapshot, counted=self._counted, skips=skips, timeout=timeout
         )

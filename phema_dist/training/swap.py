@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -36,6 +38,14 @@ def into(layout: Layout) -> Write:
     return write
 
 
+_lent: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many averages are in it, one over the other
+
+
+def holds_average(model: nn.Module) -> bool:
+    """Whether the parameters of some module of it are an average for now, whoever put it there."""
+    return bool(_lent) and any(_lent.get(module) for module in model.modules())
+
+
 @contextmanager
 def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Write]:
     """Put the model in eval mode and yield a function that writes a box of a tensor into this rank's storage.
@@ -44,54 +54,98 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Write]:
     wait in host memory, so the accelerator holds nothing more. Collective on the way in; the way back never is.
     """
     ranks.each(lambda: reshard(model))
+    ranks.each(lambda: check_writable(layout))
     backup, buffers = ranks.each(lambda: (_own_parameters(layout), _own_buffers(model)))
     flags = [(module, module.training) for module in model.modules()]
+    with _lent_out([module for module, _ in flags]):
+        try:
+            model.eval()
+            yield into(layout)
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for module, name, buffer, _ in buffers:
+                module._buffers[name] = buffer  # noqa: SLF001
+            _do_all(
+                [
+                    partial(reshard, model),  # or the root would go on with what it gathered from the average
+                    *(partial(_give_back, tensor, own) for tensor, own in backup),
+                    *(partial(_give_buffer_back, buffer, own) for _, _, buffer, own in buffers if own is not None),
+                    torch.clear_autocast_cache,  # or a forward would go on with what it cast of the average
+                ]
+            )
+
+
+@contextmanager
+def _lent_out(modules: Sequence[nn.Module]) -> Iterator[None]:
+    for module in modules:
+        _lent[module] = _lent.get(module, 0) + 1
     try:
-        model.eval()
-        yield into(layout)
+        yield
     finally:
-        for module, flag in flags:
-            module.training = flag
-        reshard(model)  # or the root would go on with what it gathered from the average
-        for module, name, buffer, _ in buffers:
-            module._buffers[name] = buffer  # noqa: SLF001
-        with torch.no_grad():
-            for tensor, own in backup:
-                tensor.local().copy_(own)
-            for _, _, buffer, own in buffers:
-                if not _equal(buffer, own):  # some buffers cannot be written, and then were not
-                    buffer.copy_(own)
+        for module in modules:
+            _lent[module] -= 1
+            if not _lent[module]:
+                del _lent[module]
+
+
+def _do_all(steps: Iterable[Callable[[], object]]) -> None:
+    """What cannot be brought back must not keep the rest: the first error is raised at the end."""
+    errors = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def check_writable(layout: Layout) -> None:
+    """Raise LayoutError naming the first parameter that cannot be given other values in place."""
+    for tensor in layout.tensors:
+        if tensor.is_parameter:  # buffers that cannot be written stay as they are
+            local = tensor.local()
+            if local.is_inference() or torch._debug_has_internal_overlap(local) == 1:  # noqa: SLF001
+                raise LayoutError(
+                    f"{tensor.info.fqn} must be writable to hold an average; it is an expanded tensor, or was made in "
+                    "inference mode. Replace it by a clone."
+                )
 
 
 @torch.no_grad()
 def _own_parameters(layout: Layout) -> list[tuple[LocalTensor, torch.Tensor]]:
-    backup = []
-    for tensor in layout.tensors:
-        if not tensor.is_parameter:  # see below
-            continue
-        local = tensor.local()
-        if local.is_inference() or torch._debug_has_internal_overlap(local) == 1:  # noqa: SLF001
-            raise LayoutError(
-                f"{tensor.info.fqn} must be writable to hold an average; it is an expanded tensor, or was made in "
-                "inference mode. Replace it by a clone."
-            )
-        backup.append((tensor, local.to("cpu", copy=True)))
-    return backup
+    return [(tensor, tensor.local().to("cpu", copy=True)) for tensor in layout.tensors if tensor.is_parameter]
 
 
-def _own_buffers(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:
-    """All of them, persistent or not: a forward may change or replace them."""
+@torch.no_grad()
+def _give_back(tensor: LocalTensor, own: torch.Tensor) -> None:
+    tensor.local().copy_(own)
+
+
+@torch.no_grad()
+def _give_buffer_back(buffer: torch.Tensor, own: torch.Tensor) -> None:
+    if not _equal(buffer, own):  # some buffers cannot be written, and then were not
+        buffer.copy_(own)
+
+
+def _own_buffers(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]]:
+    """All of them, persistent or not: a forward may change or replace them. Of odd ones, only which they are."""
     return [
-        (module, name, buffer, buffer.to("cpu", copy=True))
+        (module, name, buffer, buffer.to("cpu", copy=True) if _is_plain(buffer) else None)
         for module in model.modules()
         for name, buffer in module._buffers.items()  # noqa: SLF001
         if buffer is not None
     ]
 
 
+def _is_plain(buffer: torch.Tensor) -> bool:
+    return buffer.layout == torch.strided and not (buffer.is_meta or buffer.is_quantized or buffer.is_nested)
+
+
 def _equal(buffer: torch.Tensor, own: torch.Tensor) -> bool:
-    now = buffer.to("cpu").contiguous()
-    return now.shape == own.shape and torch.equal(_bits(now), _bits(own.contiguous()))
+    now, own = (tensor.to("cpu").resolve_conj().resolve_neg().contiguous() for tensor in (buffer, own))
+    return now.shape == own.shape and torch.equal(_bits(now), _bits(own))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,7 @@ class Writer:
         self._num_refused = 0  # in a row
         self._last: Update | None = None
         self._slot: int | None = None  # of what the averages took in last; None if they refused it
+        self._in_vain: int | None = None  # t of the snapshot that other ranks did not store in time
         self._grid = Grid()
         self._hurried = False  # training waits for the averages
         self._ended: str | None = None  # why there are no more updates
@@ -177,7 +178,7 @@ class Writer:
         """Write as another attempt from now on; nothing may be queued."""
         self._place = self._storing.place = place
         self._last, self._snapshot_t, self._storing.unstored, self._slot = None, 0, None, None
-        self.counts.no_steps, self.counts.last_complete = 0, None
+        self.counts.no_steps, self.counts.last_complete, self.counts.last_written = 0, None, None
 
     @property
     def staged(self) -> list[torch.Tensor] | None:
@@ -193,7 +194,8 @@ class Writer:
         Not collective: it looks in storage. For a while only, then it is logged: they may have lost theirs.
         """
         t = self.counts.last_written
-        if t is not None and not wait_until_complete(self._place, t):
+        if t not in {None, self._in_vain} and not wait_until_complete(self._place, t):
+            self._in_vain = t
             text = "other ranks have not stored their parts so far; an older snapshot is used where this one is needed"
             self._place.warn(t, text)
 
