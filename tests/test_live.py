@@ -5,6 +5,8 @@ from its own parameters, or from the average, as if nothing else had happened.
 """
 
 import logging
+import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +25,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+import phema_dist.ranks
 from phema_dist import PostHocEMA, SynthesisReader, synthesize
-from phema_dist.errors import SettingsError, SnapshotError
+from phema_dist.errors import LayoutError, SettingsError, SnapshotError
 from phema_dist.storage.store import LocalStore
 from phema_dist.training import exchange as exchanging
 from phema_dist.training import policy
@@ -450,6 +453,291 @@ def test_a_reset_of_every_call_leaves_nothing_but_the_average(tmp_path: Path) ->
 
 def _sigma_rel(gamma: float) -> float:
     return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+
+
+# -- what must not go wrong
+
+
+def ones(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+
+
+def counted(folder: Path, within: Callable[[PostHocEMA, nn.Module], None]) -> float:
+    """A tracked average of a parameter that counts the steps, with something done in between; updates are skipped."""
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.zero_()
+    with PostHocEMA.from_model(model, folder, update_every=10, checkpoint_every=10, on_busy="skip") as ema:
+        for _ in range(13):
+            ones(model)
+            ema.update_(model)
+        ema._session.writer.drain()
+        within(ema, model)
+    (stored,) = synthesize(folder, [0.05])
+    assert stored.t == 13
+    return stored.state_dict["weight"].item()
+
+
+def nested(ema: PostHocEMA, model: nn.Module) -> None:
+    with ema.model(model, 0.13), ema.model(model, 0.05):
+        pass
+
+
+def state_in_a_block(ema: PostHocEMA, model: nn.Module) -> None:
+    state = ema.training_state
+    with ema.model(model, 0.13):
+        state.state_dict()
+
+
+@pytest.mark.parametrize("within", [nested, state_in_a_block])
+def test_what_is_borrowed_is_never_averaged(within: Callable[[PostHocEMA, nn.Module], None], tmp_path: Path) -> None:
+    assert counted(tmp_path / "found", within) == counted(tmp_path / "wanted", lambda *_: None)
+
+
+def test_an_update_inside_the_block_of_another_object_is_refused(tmp_path: Path) -> None:
+    model = line()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as ema:
+        stepped(model, ema, 2)
+        ema._session.writer.drain()
+        reader = PostHocEMA.from_path(tmp_path)
+        with reader.model(model, 0.28), pytest.raises(SettingsError, match="the parameters are an average"):
+            ema.update_(model)
+        ema.update_(model)
+
+
+def test_autocast_sees_the_average_inside_and_the_parameters_outside(tmp_path: Path) -> None:
+    model, x = line(), torch.ones(5, 3)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        for _ in range(3):
+            ones(model)
+            ema.update_(model)
+        with ema.model(model, 0.28), torch.autocast("cpu", torch.bfloat16):
+            wanted = model(x)
+        with torch.autocast("cpu", torch.bfloat16):  # keeps what it has cast, of what requires gradients
+            own = model(x)
+            with ema.model(model, 0.28):
+                assert torch.equal(model(x), wanted)
+            assert torch.equal(model(x), own)
+            ema.switch_(model, 0.28)
+            assert torch.equal(model(x), wanted)
+    assert not torch.equal(own, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")
+def test_after_a_training_checkpoint_the_averages_are_those_that_it_brought(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=3, checkpoint_every=5) as ema:
+        for _ in range(7):
+            stepped(model, ema, 1)
+            ema._session.writer.drain()
+        with ema.model(model, 0.05):
+            wanted = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith("weight")}
+        dcp.save({"ema": ema.training_state}, checkpoint_id=tmp_path / "saved", no_dist=True)
+        stepped(model, ema, 4)
+    with PostHocEMA.from_model(model, tmp_path / "run", resume=True, update_every=3, checkpoint_every=5) as ema:
+        assert ema.t == 10  # of the last snapshot
+        dcp.load({"ema": ema.training_state}, checkpoint_id=tmp_path / "saved", no_dist=True)
+        ema._store = None  # type: ignore[assignment]  it needs no storage
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        with ema.model(model, 0.05):
+            assert all(torch.equal(model.state_dict()[name], wanted[name]) for name in wanted)
+            assert all(map(torch.equal, model.buffers(), buffers))
+
+
+def test_resets_go_on_counting_in_a_resumed_run(tmp_path: Path) -> None:
+    resets = []
+    for last in (4, 12):
+        model = line()
+        with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, resume=True) as ema:
+            while ema.t < last:
+                stepped(model, ema, 1)
+                ema._session.writer.drain()
+                if ema.reset_hare_(model, every=5):
+                    resets.append(ema.t)
+    assert resets == [5, 10]
+
+
+def test_what_is_tracked_needs_no_storage(tmp_path: Path) -> None:
+    model = line()
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=100)
+    stepped(model, ema, 3)
+    shutil.rmtree(tmp_path / "run")
+    with ema.model(model, 0.05):
+        inside = [p.detach().clone() for p in model.parameters()]
+    ema.switch_(model)
+    assert all(map(torch.equal, inside, model.parameters()))
+    ema._session.writer.abandon(1.0)
+
+
+def test_a_copy_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator, an attached update is still being copied when a block begins to write."""
+    fenced = []
+    model = line()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        stepped(model, ema, 2)
+        fence = ema._session.writer.fence
+        monkeypatch.setattr(ema._session.writer, "fence", lambda: (fenced.append(model[0].bias.clone()), fence()))
+        own = model[0].bias.detach().clone()
+        with ema.model(model, 0.05):
+            assert torch.equal(fenced[0], own)
+        fenced.clear()
+        ema.switch_(model)
+        assert torch.equal(fenced[0], own)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+def test_buffers_of_any_kind_and_changes_in_the_block_do_not_keep_the_rest_from_coming_back(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    odd = {
+        "sparse": torch.eye(2).to_sparse(), "rows": torch.eye(2).to_sparse_csr(), "meta": torch.zeros(2, device="meta"),
+        "turned": torch.view_as_complex(torch.ones(2, 2)).conj(), "later": torch.ones(2),
+    }  # fmt: skip
+    for name, buffer in odd.items():
+        model.register_buffer(name, buffer, persistent=False)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        for _ in range(2):
+            ones(model)
+            ema.update_(model)
+        own = [p.detach().clone() for p in model.parameters()]
+        with ema.model(model, 0.28):
+            model.later.zero_()
+        assert all(map(torch.equal, own, model.parameters()))
+        assert torch.equal(model.later, torch.ones(2))
+
+        def break_it() -> None:
+            with ema.model(model, 0.28):
+                model[0].half()
+
+        with pytest.raises(LayoutError, match=r"0\.weight must stay as it was"):
+            break_it()
+        assert all(map(torch.equal, own[2:], list(model.parameters())[2:]))
+        model[0].float()
+
+
+def ask_for_different_things(folder: str) -> dict[str, tuple[str, bool]]:
+    """What each rank is told, and whether its parameters are as before."""
+    said = {}
+    rank = dist.get_rank()
+    model, ema = made("ddp", folder)
+    train(ema, model, 1, 5)
+
+    def attempt(name: str, call: Callable[[], None]) -> None:
+        own = bits(model)
+        text = outcome(call)
+        said[name] = (text, same(bits(model), own))
+
+    def enter(sigma_rel: float, step: int | None = None) -> None:
+        with ema.model(model, sigma_rel, step, exchange=True):
+            pass
+
+    attempt("tracked", lambda: enter((0.05, 0.28)[rank]))
+    attempt("one of them tracked", lambda: enter((0.05, 0.2)[rank]))
+    attempt("neither", lambda: enter((0.1, 0.2)[rank]))
+    attempt("step", lambda: enter(0.05, (None, 5)[rank]))
+    attempt("switch", lambda: ema.switch_(model, (0.05, 0.28)[rank]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr("phema_dist.filling.check_writable", lambda _: 1 / 0)
+        attempt("not writable", lambda: ema.switch_(model, 0.05))
+    ema._session.t += rank  # type: ignore[union-attr]
+    attempt("clocks", lambda: enter(0.05))
+    attempt("clocks, from storage", lambda: enter(0.1))
+    ema._session.t -= rank  # type: ignore[union-attr]
+    ema.close()
+    return said
+
+
+def test_ranks_that_ask_for_different_things_are_told_and_nothing_is_changed(tmp_path: Path) -> None:
+    for said in run(2, ask_for_different_things, str(tmp_path)):
+        for name in ("tracked", "one of them tracked", "neither", "step", "switch"):
+            assert re.search("all ranks must ask for the same average; rank 0 asks for", said[name][0]), name
+        assert "division by zero" in said["not writable"][0]
+        for name in ("clocks", "clocks, from storage"):
+            assert "update_ must be called on every rank with the same t" in said[name][0]
+        assert all(unchanged for _, unchanged in said.values())
+
+
+def refuse_on_one_rank(folder: str) -> int:
+    """Parameters that are not finite on one rank: ends differ, so all take the snapshot before."""
+    model, ema = made("fsdp2", folder)
+    train(ema, model, 1, 5)
+    take_values(model, 6)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.first.bias._local_tensor.fill_(torch.nan)
+    ema.update_(model)
+    ema._session.writer.drain()  # type: ignore[union-attr]
+    dist.barrier()
+    (stored,) = synthesize(folder, [TRACKED], t=5)
+    with ema.model(model, TRACKED):
+        assert_holds(model, stored.state_dict)
+    take_values(model, 7)
+    ema.update_(model)
+    ema.close()
+    return stored.t
+
+
+def test_averages_that_end_at_different_times_are_not_mixed(tmp_path: Path) -> None:
+    assert run(2, refuse_on_one_rank, str(tmp_path)) == [5, 5]
+
+
+def wait_once_only(folder: str) -> list[float]:
+    """Rank 1 has lost its part of the newest snapshot, and after a load there is none of this start."""
+    model, ema = made("ddp", folder)
+    policy.wait_until_complete.__defaults__ = (1.0,)
+    train(ema, model, 1, 5)
+    state = {"ema": ema.training_state}
+    dcp.save(state, checkpoint_id=f"{folder}-saved")
+    if dist.get_rank() == 1:
+        ema._session.writer._storing.store = lambda _: None  # type: ignore[method-assign, union-attr]
+    train(ema, model, 6, 10)
+    seconds = []
+
+    def enter() -> None:
+        begin = time.monotonic()
+        with ema.model(model, OTHER):
+            seconds.append(time.monotonic() - begin)
+
+    if dist.get_rank() == 0:
+        enter()
+        enter()
+    dist.barrier()
+    dcp.load({"ema": ema.training_state}, checkpoint_id=f"{folder}-saved")
+    if dist.get_rank() == 0:
+        enter()
+    dist.barrier()
+    ema._session.writer.abandon(5.0)  # type: ignore[union-attr]
+    return seconds
+
+
+def test_a_rank_waits_for_a_snapshot_once(tmp_path: Path) -> None:
+    (first, second, after_load), _ = run(2, wait_once_only, str(tmp_path / "run"))
+    assert first > 1.0 > max(second, after_load)
+
+
+def wait_for_a_rank_that_never_comes(folder: str) -> list[str]:
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("phema_dist").addHandler(handler)
+    phema_dist.ranks._SECONDS_TO_MEET = 0.2
+    model, ema = made("fsdp2", folder)
+    train(ema, model, 1, 5)
+    if dist.get_rank() == 1:
+        time.sleep(1.0)
+    with ema.model(model, TRACKED):
+        pass
+    ema.close()
+    logging.getLogger("phema_dist").removeHandler(handler)
+    return logged
+
+
+def test_who_waits_for_others_says_where(tmp_path: Path) -> None:
+    first, _ = run(2, wait_for_a_rank_that_never_comes, str(tmp_path))
+    assert any("rank 0 waits for the other ranks in ema.model" in text for text in first)
 
 
 # -- masters
