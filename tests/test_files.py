@@ -93,9 +93,9 @@ def phema(*arguments: object, world_size: int = 1) -> str:
 def refusal(*arguments: object, world_size: int = 1) -> str:
     """The same, of a command that must fail on all ranks, and be told by rank 0 in one line."""
     answers = ranks.run(world_size, call, list(map(str, arguments)))
-    assert [code for code, _, _ in answers] == [1] * world_size, answers
+    assert all(code in {1, 2} for code, _, _ in answers), answers
     assert all(err == "" for _, _, err in answers[1:])
-    assert len(answers[0][2].splitlines()) == 1
+    assert sum(line.startswith("phema: ") for line in answers[0][2].splitlines()) == 1  # beside warnings
     return str(answers[0][2])
 
 
@@ -226,7 +226,7 @@ def test_what_is_there_is_kept_if_it_is_the_same_and_refused_if_not(
         (["--t", "40", *SMALL], "is part of the same average divided into files otherwise"),
     ]:
         code, _, err = call([*base, *arguments])
-        assert code == 1
+        assert code == 2
         assert message in err
         assert "--force" in err
     other = ["0.2" if word == "0.15" else word for word in base]
@@ -425,7 +425,7 @@ def test_torchrun_divides_the_work_and_fails_as_a_whole(run: Path, tmp_path: Pat
     assert failed.stderr.count("phema: WARNING") == 1  # of rank 0
     assert failed.stderr.count("phema: ") == 2
     assert "holds another average, sigma_rel-0.15" in failed.stderr
-    assert re.search(r"exitcode  : (1|-6)", failed.stderr)  # 6: gloo now and then aborts when it ends
+    assert re.search(r"exitcode  : (1|2|-6)", failed.stderr)  # 6: gloo now and then aborts when it ends
 
 
 def test_the_hidden_file_of_a_living_process_is_left_alone(run: Path, tmp_path: Path) -> None:

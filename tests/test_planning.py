@@ -159,7 +159,7 @@ def test_the_worst_error_is_the_worst_of_all_targets_however_narrow_its_bump(wan
     stored = [PowerProfile(s, t) for s in chosen.sigma_rels for t in chosen.ts]
     errors = recorded_errors(stored, fit(stored, targets)[0], targets, update_times(chosen))
     assert chosen.worst_error == pytest.approx(errors.max(), rel=0.04)
-    assert chosen.mean_error == pytest.approx(errors.mean(), rel=0.04)
+    assert chosen.mean_error == pytest.approx(errors.mean(), rel=0.1)  # between few targets
 
 
 @pytest.mark.parametrize(
