@@ -175,7 +175,7 @@ def test_ctrl_c_and_a_second_one_let_a_local_training_save(patient: dict[str, ob
         for _ in range(2):
             os.killpg(job.pid, signal.SIGINT)
             time.sleep(0.2)
-        printed, _ = job.communicate(timeout=30)
+        printed, _ = job.communicate(timeout=120)
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}, printed
     assert job.returncode == 130
     assert "the same command goes on" in printed
