@@ -8,7 +8,8 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def made(kind: str, folder: str, **settings: Any) -> tuple[nn.Module, PostHocEMA
     model = KINDS[kind].wrap(net_without(KINDS[kind].without))
     cadence = {"update_every": 1, "checkpoint_every": 5} | settings
     return model, PostHocEMA.from_model(model, folder, sigma_rels=SIGMA_RELS, **cadence)
+
+
+@contextmanager
+def patched(target: object, name: str, value: object) -> Iterator[None]:
+    """For a while only: the processes of the ranks live on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, value)
+        yield
 
 
 def train(ema: PostHocEMA, model: nn.Module, first: int, last: int) -> None:
@@ -218,8 +227,6 @@ def test_a_rank_of_ddp_may_enter_alone_and_finds_its_newest_snapshot_complete(tm
 
 def give_up_waiting(folder: str) -> tuple[list[str], int]:
     model, ema = made("ddp", folder, checkpoint_every=1)
-    policy._SECONDS_FOR_OTHERS = 0.0
-    policy.wait_until_complete.__defaults__ = (0.3,)
     train(ema, model, 1, 1)
     dist.barrier()
     logged: list[str] = []
@@ -229,7 +236,7 @@ def give_up_waiting(folder: str) -> tuple[list[str], int]:
     if dist.get_rank() == 0:
         train(ema, model, 2, 2)  # the other rank has none at 2
         logging.getLogger("phema_dist").addHandler(handler)
-        with ema.model(model, SIGMA_RELS[1]):
+        with patched(policy.wait_until_complete, "__defaults__", (0.3,)), ema.model(model, SIGMA_RELS[1]):
             (stored,) = synthesize(folder, [SIGMA_RELS[1]])
             assert_holds(model, stored.state_dict)
         logging.getLogger("phema_dist").removeHandler(handler)
@@ -286,7 +293,6 @@ class Wide(nn.Module):
 
 
 def exchange_in_small_messages(folder: str) -> None:
-    exchanging._MESSAGE_BYTES = 100
     model = nn.parallel.DistributedDataParallel(Wide())
     with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=3) as ema:
         for _ in range(3):
@@ -294,7 +300,7 @@ def exchange_in_small_messages(folder: str) -> None:
                 for parameter in model.parameters():
                     parameter.add_(1)
             ema.update_(model)
-        with ema.model(model, 0.05, exchange=True):
+        with patched(exchanging, "_MESSAGE_BYTES", 100), ema.model(model, 0.05, exchange=True):
             found = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     dist.barrier()
     (wanted,) = synthesize(folder, [0.05])
@@ -687,7 +693,6 @@ def test_averages_that_end_at_different_times_are_not_mixed(tmp_path: Path) -> N
 def wait_once_only(folder: str) -> list[float]:
     """Rank 1 has lost its part of the newest snapshot, and after a load there is none of this start."""
     model, ema = made("ddp", folder)
-    policy.wait_until_complete.__defaults__ = (1.0,)
     train(ema, model, 1, 5)
     state = {"ema": ema.training_state}
     dcp.save(state, checkpoint_id=f"{folder}-saved")
@@ -698,7 +703,7 @@ def wait_once_only(folder: str) -> list[float]:
 
     def enter() -> None:
         begin = time.monotonic()
-        with ema.model(model, OTHER):
+        with patched(policy.wait_until_complete, "__defaults__", (1.0,)), ema.model(model, OTHER):
             seconds.append(time.monotonic() - begin)
 
     if dist.get_rank() == 0:
@@ -723,12 +728,11 @@ def wait_for_a_rank_that_never_comes(folder: str) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("phema_dist").addHandler(handler)
-    phema_dist.ranks._SECONDS_TO_MEET = 0.2
     model, ema = made("fsdp2", folder)
     train(ema, model, 1, 5)
     if dist.get_rank() == 1:
         time.sleep(1.0)
-    with ema.model(model, TRACKED):
+    with patched(phema_dist.ranks, "_SECONDS_TO_MEET", 0.2), ema.model(model, TRACKED):
         pass
     ema.close()
     logging.getLogger("phema_dist").removeHandler(handler)
