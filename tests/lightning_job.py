@@ -187,6 +187,19 @@ def interrupted(folder: str, run: str, kind: str, at: int, **settings: Any) -> N
         )
 
 
+def two_interrupted(folder: str, kind: str, at: int) -> None:
+    """As `interrupted`, with two runs."""
+    saving = ModelCheckpoint(folder, filename="saved", every_n_train_steps=at)
+    ours = (Averages(f"{folder}/run"), Averages(f"{folder}/often", update_every=1))
+    with contextlib.suppress(Interruption):
+        trainer(folder, kind, *ours, saving, enable_checkpointing=True).fit(net(kind, interrupt_at=at + 3))
+
+
+def two_resumed(folder: str, kind: str) -> None:
+    ours = (Averages(f"{folder}/run"), Averages(f"{folder}/often", update_every=1))
+    trainer(folder, kind, *ours).fit(net(kind), ckpt_path=f"{folder}/saved.ckpt")
+
+
 def resumed(folder: str, run: str, kind: str, **settings: Any) -> None:
     trainer(folder, kind, Averages(run, **settings)).fit(net(kind), ckpt_path=f"{folder}/saved.ckpt")
 
@@ -196,6 +209,14 @@ def consolidate(path: Path) -> None:
     whole = consolidate_checkpoint._format_checkpoint(consolidate_checkpoint._load_distributed_checkpoint(path))
     shutil.rmtree(path)
     torch.save(whole, path)
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """The model in a checkpoint that is a file or a folder."""
+    if not path.is_dir():
+        return torch.load(path)["state_dict"]  # type: ignore[no-any-return]
+    found = consolidate_checkpoint._load_distributed_checkpoint(path)
+    return found["model"] if "model" in found else found["state_dict"]  # type: ignore[no-any-return]
 
 
 def evaluated(run: str, kind: str, sigma_rel: float) -> list[float]:
@@ -208,6 +229,55 @@ def evaluated(run: str, kind: str, sigma_rel: float) -> list[float]:
     other = net(kind)
     trainer(run, kind, Averages(run, **settings)).test(other, verbose=False)
     return model.evaluated + other.evaluated
+
+
+class Saving(Net):
+    """Which saves at the end of each epoch, and while it validates then; and counts what it validates."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.when = when
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.counts: list[float] = []
+
+    def _save(self, name: str, **settings: Any) -> None:
+        if not self.trainer.sanity_checking:
+            self.trainer.save_checkpoint(f"{self.trainer.default_root_dir}/{name}.ckpt", **settings)
+
+    def on_train_epoch_start(self) -> None:
+        self.count.zero_()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.is_last_batch:
+            self._save("own")
+
+    def validation_step(self, _: Any, index: int) -> None:
+        self.count += 1
+        if self.when == "step":
+            self._save("seen")
+            self._save("light", weights_only=True)
+        super().validation_step(_, index)
+
+    def on_validation_epoch_end(self) -> None:
+        self.counts.append(self.count.item())
+        if self.when == "end":
+            self._save("seen")
+            self._save("light", weights_only=True)
+
+
+class SavingSharded(Sharded, Saving):
+    pass
+
+
+def saved_in_validation(folder: str, kind: str, when: str) -> list[tuple[list[float], list[float]]]:
+    """What validation sees where it does not save, and where it does."""
+    found = []
+    for name in ("never", when):
+        model = (SavingSharded if kind == "fsdp2" else Saving)(name)
+        averages = Averages(f"{folder}/{name}/run", evaluate_with=0.28, on_busy="skip")
+        trainer(f"{folder}/{name}", kind, averages, limit_val_batches=2, max_epochs=1).fit(model)
+        found.append((model.evaluated, model.counts))
+    return found
 
 
 def saved_on_error(folder: str, run: str, at: int) -> None:

@@ -2,6 +2,8 @@
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from ranks import run
 
-from phema_dist import BackgroundError, Power, RunError, synthesize
+from phema_dist import BackgroundError, PostHocEMA, Power, RunError, SettingsError, synthesize
 from phema_dist.storage.run import open_run
 from phema_dist.storage.store import open_store
 
@@ -103,6 +105,21 @@ def test_a_folder_that_lightning_consolidates_is_gone_on_from_too(
     assert_same_runs(tmp_path / "run", by_hand)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "consolidated"])
+def test_two_runs_of_one_trainer_are_each_gone_on_with(
+    tmp_path: Path, job: ModuleType, by_hand: Path, kind: str
+) -> None:
+    job.by_hand(str(tmp_path / "hand"), update_every=1)
+    on_ranks(2, "two_interrupted", str(tmp_path), "fsdp1" if kind == "consolidated" else kind, 10)
+    if kind == "consolidated":
+        job.consolidate(tmp_path / "saved.ckpt")
+        job.two_resumed(str(tmp_path), "one")
+    else:
+        on_ranks(2, "two_resumed", str(tmp_path), kind)
+    assert_same_runs(tmp_path / "run", by_hand)
+    assert_same_runs(tmp_path / "often", tmp_path / "hand")
+
+
 # What is evaluated
 
 
@@ -139,6 +156,47 @@ def test_a_checkpoint_that_validation_saves_holds_the_parameters_of_training(
     mine = stored(tmp_path / "run")
     for key, state in stored(by_hand).items():
         assert all(torch.equal(tensor, mine[key][fqn]) for fqn, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "when"), [("one", "step"), ("ddp", "step"), ("ddp", "end"), ("fsdp1", "end"), ("fsdp2", "step")]
+)
+def test_what_is_saved_while_validation_sees_the_average_are_the_parameters_of_training(
+    tmp_path: Path, job: ModuleType, kind: str, when: str
+) -> None:
+    arguments = (str(tmp_path), kind, when)
+    ranks = [job.saved_in_validation(*arguments)] if kind == "one" else on_ranks(2, "saved_in_validation", *arguments)
+    for without, saving in ranks:
+        assert saving == without  # validation went on with the same average, and with its own buffers
+        assert saving[1][-1] == 2
+    own, seen, light = (job.saved(tmp_path / when / f"{name}.ckpt") for name in ("own", "seen", "light"))
+    for key, tensor in own.items():
+        assert torch.equal(seen[key], tensor), key
+        assert torch.equal(light[key], tensor), key
+
+
+def test_a_checkpoint_is_not_saved_while_an_average_is_put_into_the_model(
+    tmp_path: Path, job: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal may ask for."""
+    averages = job.Averages(str(tmp_path / "run"), evaluate_with=0.28)
+    trainer = job.trainer(str(tmp_path), "one", averages, limit_val_batches=1, num_sanity_val_steps=0)
+
+    @contextmanager
+    def interrupted(*_: Any, **__: Any) -> Iterator[None]:
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        yield
+
+    monkeypatch.setattr(PostHocEMA, "model", interrupted)
+    with pytest.raises(SettingsError, match="just being put"):
+        trainer.fit(job.Net())
+    assert not (tmp_path / "saved.ckpt").exists()
+
+
+def test_two_averages_are_not_evaluated_at_once(tmp_path: Path, job: ModuleType) -> None:
+    ours = [job.Averages(str(tmp_path / name), evaluate_with=0.28) for name in ("run", "other")]
+    with pytest.raises(SettingsError, match="evaluate_with"):
+        job.trainer(str(tmp_path), "one", *ours).fit(job.Net())
 
 
 def test_before_there_is_an_average_the_parameters_are_evaluated(

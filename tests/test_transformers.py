@@ -275,6 +275,28 @@ def test_it_goes_on_from_the_checkpoint_that_was_loaded_or_says_so(tmp_path: Pat
         assert (exact, len(told)) == ((False, 1) if kind in {"not named elsewhere", "another"} else (True, 0)), kind
 
 
+def two_runs(folder: Path) -> list[list[State]]:
+    """The averages of two callbacks of one Trainer: at the end, and at that of one that went on."""
+    with launched("plain"):
+
+        def make() -> list[Any]:
+            return [make_callback(folder / "a"), make_callback(folder / "b", update_every=1)]
+
+        whole, resumed = make(), make()
+        make_trainer("plain", folder, whole, save_total_limit=None).train()
+        checkpoint = str(folder / f"trainer/checkpoint-{SAVED}")
+        make_trainer("plain", folder, resumed).train(resume_from_checkpoint=checkpoint)
+        return [averages_of(each) for each in (*whole, *resumed)]
+
+
+def test_two_runs_of_one_trainer_are_each_gone_on_with(tmp_path: Path) -> None:
+    (found,) = run(1, two_runs, tmp_path)
+    for whole, resumed in ((found[0], found[2]), (found[1], found[3])):
+        for mine, theirs in zip(resumed, whole, strict=True):
+            assert_same(mine, theirs)
+    assert any(not torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
+
+
 def corners(folder: Path) -> dict[str, Any]:
     from transformers import TrainerState  # noqa: PLC0415
 

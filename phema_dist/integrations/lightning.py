@@ -10,16 +10,20 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from phema_dist.ema import PostHocEMA
-from phema_dist.errors import DamagedError, PhemaError, RunError, SnapshotError
+from phema_dist.errors import DamagedError, PhemaError, RunError, SettingsError, SnapshotError
+from phema_dist.ranks import ALONE
 from phema_dist.shard import whole
+from phema_dist.training.layout import read_layout
+from phema_dist.training.swap import swapped
 
 try:
     from lightning.pytorch import Callback
@@ -31,6 +35,7 @@ except ImportError as missing:
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+    from torch import nn
 
     from phema_dist.ranks import Ranks
     from phema_dist.training.state import TrainingState
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 Trainer: TypeAlias = Any  # it has attributes that its class does not declare
 _log = logging.getLogger("phema_dist")
 _ENTRY = "phema_dist"  # in Lightning's checkpoints
+_STATE = "optimizer_"  # and a number: states of optimizers, in Lightning's folders
 _READS = ("storage_options", "process_group", "prefix")  # settings that reading a run needs too
 _AT_ONCE = 64 << 20  # bytes of averages that ranks give to each other in one message
 _Averages: TypeAlias = dict[str, dict[str, Any]]  # by profile and tensor
@@ -59,7 +65,10 @@ class PostHocEMACallback(Callback):
     beside the states of the optimizers). `Trainer.fit(ckpt_path=...)` goes on from them bit for bit, in the middle of
     an epoch too, on any number of ranks; later snapshots of the run are hidden. One that several ranks write because of
     an exception has the clock alone, as has one with `exact_resume=False`: the averages then go on from the newest
-    complete snapshot at or before that t. The checkpoint's own parameters are those of training, never an average.
+    complete snapshot at or before that t. The checkpoint's own parameters are those of training, never an average:
+    `Trainer.save_checkpoint` takes the average out while it saves.
+
+    A Trainer may have several of these callbacks, in the same order whenever it goes on; one of them may evaluate.
 
     Args:
         checkpoint_dir: where the run lives, as in `PostHocEMA.from_model`.
@@ -90,9 +99,24 @@ class PostHocEMACallback(Callback):
         self._evaluate_with, self._exact_resume = evaluate_with, exact_resume
         self._state: TrainingState | None = None  # of the latest fit, also when that has ended
         self._loaded: dict[str, Any] | None = None  # from the checkpoint that a fit goes on from
+        self._entry = _ENTRY  # of this callback
         self._average: ExitStack | None = None  # holds an average in the model
         self._error: PhemaError | None = None  # of the last snapshot
         self._logged = -1  # global step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find this callback's place among those of its kind.
+
+        Raises:
+            SettingsError: two of them evaluate.
+        """
+        ours = [each for each in trainer.callbacks if isinstance(each, PostHocEMACallback)]
+        if sum(each._evaluate_with is not None for each in ours) > 1:  # noqa: SLF001
+            raise SettingsError(
+                "only one PostHocEMACallback of a Trainer may have evaluate_with: a model holds one average at a time."
+            )
+        place = ours.index(self)
+        self._entry = f"{_ENTRY}-{place}" if place else _ENTRY
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on: all is wrapped, restored and checked by now."""
@@ -123,7 +147,7 @@ class PostHocEMACallback(Callback):
             self._logged = step
             scalars = {k: v for k, v in self.ema.status().items() if isinstance(v, int | float)}
             for logger in trainer.loggers:
-                logger.log_metrics({f"phema_dist/{name}": value for name, value in scalars.items()}, step=step)
+                logger.log_metrics({f"{self._entry}/{name}": value for name, value in scalars.items()}, step=step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last snapshot. That it could not be stored is told when others have stored their checkpoints."""
@@ -153,15 +177,13 @@ class PostHocEMACallback(Callback):
         if ema is None:
             reads = {name: self._settings[name] for name in _READS if name in self._settings}
             ema = PostHocEMA.from_path(self._checkpoint_dir, **reads)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(ema.model(trainer.model, self._evaluate_with, exchange=True))
-            except SnapshotError as error:
-                if trainer.state.fn != "fit" or isinstance(error, DamagedError):
-                    raise
-                if trainer.is_global_zero:
-                    _log.warning("the parameters are evaluated, not an average: %s", error)
-            self._average = stack.pop_all()
+        try:
+            self._enter(trainer, ema.model(trainer.model, self._evaluate_with, exchange=True))
+        except SnapshotError as error:
+            if trainer.state.fn != "fit" or isinstance(error, DamagedError):
+                raise
+            if trainer.is_global_zero:
+                _log.warning("the parameters are evaluated, not an average: %s", error)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the model its parameters back."""
@@ -174,7 +196,7 @@ class PostHocEMACallback(Callback):
         """Add the clock and the averages. Collective, if all ranks can be expected here."""
         if self.ema is None or self._state is None:
             return
-        saved = checkpoint[_ENTRY] = {"t": self.ema.t}
+        saved = checkpoint[self._entry] = {"t": self.ema.t}
         if not self._exact_resume or (trainer.interrupted and trainer.world_size > 1):
             return
         try:
@@ -185,7 +207,7 @@ class PostHocEMACallback(Callback):
             return
         if any(map(_is_shard, checkpoint["state_dict"].values())):
             # Lightning gives the state dict and each state of an optimizer to DCP, and the rest to torch.save.
-            saved["shards"] = f"optimizer_{len(checkpoint['optimizer_states'])}"
+            saved["shards"] = f"{_STATE}{len(checkpoint['optimizer_states'])}"
             checkpoint["optimizer_states"].append(state)
         else:
             ranks = self.ema._ranks  # noqa: SLF001
@@ -193,16 +215,73 @@ class PostHocEMACallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what `on_save_checkpoint` added, for the beginning of the fit."""
-        saved = checkpoint.get(_ENTRY)
+        saved = checkpoint.get(self._entry)
         if saved is not None and "shards" in saved and "optimizer_states" in checkpoint:
             # A folder that Lightning's consolidate_checkpoint has made one file of.
-            saved = {"t": saved["t"], **checkpoint["optimizer_states"].pop()}
+            saved = {"t": saved["t"], **checkpoint["optimizer_states"][int(saved["shards"].removeprefix(_STATE))]}
         self._loaded = saved if trainer.state.fn == "fit" else None
+
+    def _enter(self, trainer: Trainer, average: AbstractContextManager[Any]) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(_saving_by(trainer, self._save))
+            stack.enter_context(average)
+            self._average = stack.pop_all()
 
     def _leave(self) -> None:
         average, self._average = self._average, None
         if average is not None:
             average.close()
+
+    def _save(self, trainer: Trainer, *args: Any, **settings: Any) -> None:
+        """Save a checkpoint with the parameters of training, then go on with the very same average.
+
+        No rank waits for another one here: a signal to save may find some in validation, and others beyond.
+        """
+        if self._average is None:
+            raise SettingsError("a checkpoint cannot be saved now: an average is just being put into the model.")
+        average = _copied(trainer.model, only_save_diff=self._settings.get("only_save_diff", False))
+        self._leave()
+        try:
+            trainer.save_checkpoint(*args, **settings)
+        finally:
+            self._enter(trainer, average())
+
+
+@contextmanager
+def _saving_by(trainer: Trainer, save: Callable[..., None]) -> Iterator[None]:
+    """Let `trainer.save_checkpoint` be this, for users, callbacks and signals."""
+    before = vars(trainer).get("save_checkpoint")
+    trainer.save_checkpoint = partial(save, trainer)
+    try:
+        yield
+    finally:
+        if before is None:
+            del trainer.save_checkpoint
+        else:
+            trainer.save_checkpoint = before
+
+
+def _copied(model: nn.Module, *, only_save_diff: bool) -> Callable[[], AbstractContextManager[None]]:
+    """A block in which the model has what it has now, without communication."""
+    layout = read_layout(model, only_save_diff=only_save_diff)
+    tensors = [(tensor, tensor.local().to("cpu", copy=True)) for tensor in layout.tensors if tensor.is_parameter]
+    slots = [module._buffers for module in model.modules()]  # noqa: SLF001
+    buffers = [(at, name, each, each.clone()) for at in slots for name, each in at.items() if each is not None]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with swapped(model, layout, ALONE):
+            with torch.no_grad():
+                for tensor, values in tensors:
+                    tensor.local().copy_(values)
+                for at, name, buffer, values in buffers:  # validation may count in them
+                    at[name] = buffer
+                    if not torch.equal(buffer, values):  # some cannot be written, and then were not
+                        buffer.copy_(values)
+            torch.clear_autocast_cache()
+            yield
+
+    return again
 
 
 def _is_shard(tensor: object) -> bool:

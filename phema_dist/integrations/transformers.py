@@ -49,6 +49,7 @@ class PostHocEMACallback(TrainerCallback):
 
     One update per step of the trainer, so t is its `global_step`. The averages go into the trainer's checkpoints, whose
     folder all ranks must share, and come back bit for bit with `train(resume_from_checkpoint=...)`.
+    A Trainer may have several of these callbacks, in the same order whenever it goes on.
     """
 
     def __init__(self, checkpoint_dir: str | os.PathLike[str], *, resume: bool = False, **settings: Any) -> None:
@@ -62,6 +63,7 @@ class PostHocEMACallback(TrainerCallback):
         """
         self._checkpoint_dir, self._resume, self._settings = checkpoint_dir, resume, settings
         self._ema: PostHocEMA | None = None
+        self._entry = _NAME
 
     @property
     def ema(self) -> PostHocEMA:
@@ -89,14 +91,17 @@ class PostHocEMACallback(TrainerCallback):
         if self._ema is not None:
             self._ema.close()  # of a `train` that was left by an error
         begun = state.global_step > 0
+        ours = vars(state).setdefault("_phema_dist", [])  # callbacks of this `train`; no field, so it is not saved
+        self._entry = f"{_NAME}-{len(ours)}" if ours else _NAME
+        ours.append(self)
         self._ema = PostHocEMA.from_model(
             _wrapped(at["model"]), self._checkpoint_dir, resume=state.global_step if begun or self._resume else False,
             **self._settings,
         )  # fmt: skip
         ranks = join()
-        if begun and (folder := ranks.on_first(lambda: _find(args, state))):
+        if begun and (folder := ranks.on_first(lambda: _find(args, state, self._entry))):
             load({"ema": self._ema.training_state}, checkpoint_id=folder)
-        _entries(state)[_NAME] = {"token": ranks.on_first(lambda: secrets.token_hex(4))}
+        _entries(state)[self._entry] = {"token": ranks.on_first(lambda: secrets.token_hex(4))}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Make an update, after each optimizer step; one that a GradScaler skipped is a step that changed nothing."""
@@ -105,7 +110,7 @@ class PostHocEMACallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Store the averages in the trainer's checkpoint, unless it is one to load, not to resume. Collective."""
         if not args.save_only_model:
-            save({"ema": self.ema.training_state}, checkpoint_id=_checkpoint(args, state) / _folder(state))
+            save({"ema": self.ema.training_state}, checkpoint_id=_checkpoint(args, state) / _folder(state, self._entry))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the last snapshot."""
@@ -127,15 +132,15 @@ def _entries(state: TrainerState) -> dict[str, Any]:
     return cast("dict[str, Any]", state.stateful_callbacks)
 
 
-def _folder(state: TrainerState) -> str:
+def _folder(state: TrainerState, entry: str) -> str:
     """The part of a checkpoint that is ours: of one `train`, and of no other that writes to the same place."""
-    return f"{_NAME}-{_entries(state).get(_NAME, {}).get('token')}"
+    return f"{_NAME}-{_entries(state).get(entry, {}).get('token')}"
 
 
-def _find(args: TrainingArguments, state: TrainerState) -> Path | None:
+def _find(args: TrainingArguments, state: TrainerState, entry: str) -> Path | None:
     """Where the averages of the checkpoint are that the trainer has just loaded."""
     # Callbacks are not told which one it was; but `state` has its token, and so has our folder in it.
-    name, here = _folder(state), _checkpoint(args, state)
+    name, here = _folder(state, entry), _checkpoint(args, state)
     for checkpoint in (here, Path(str(args.resume_from_checkpoint or here))):
         if (checkpoint / name / ".metadata").exists():  # the last file that `save` writes
             return checkpoint / name
