@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import run
 
-from phema_dist import BackgroundError, PostHocEMA, Power, RunError, SettingsError, synthesize
+from phema_dist import BackgroundError, PostHocEMA, Power, ProfileError, RunError, SettingsError, synthesize
 from phema_dist.storage.run import open_run
 from phema_dist.storage.store import open_store
 
@@ -302,6 +302,29 @@ def test_fit_may_be_called_again_as_it_is(tmp_path: Path, job: ModuleType) -> No
     trainer.fit(model)
     assert averages.ema.t == job.STEPS
     assert {t for t, _ in stored(tmp_path / "run")} == {4, 6, 9, 13}  # calls are counted on from the snapshot
+
+
+def test_another_trainer_does_not_go_on_with_a_run_unasked(tmp_path: Path, job: ModuleType) -> None:
+    averages = job.Averages(str(tmp_path / "run"))
+    job.trainer(str(tmp_path), "one", averages, max_epochs=1).fit(job.Net())
+    with pytest.raises(RunError, match="resume"):
+        job.trainer(str(tmp_path), "one", averages, max_epochs=1).fit(job.Net())
+
+
+def test_what_cannot_be_evaluated_is_told_at_once_and_the_wrong_t_with_a_checkpoint(
+    tmp_path: Path, job: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ProfileError, match="sigma_rel must lie in"):
+        job.Averages(str(tmp_path / "run"), evaluate_with=0.5)
+    averages = job.Averages(str(tmp_path / "run"), evaluate_with=0.05)
+    trainer = job.trainer(str(tmp_path), "one", averages, max_epochs=1)
+    trainer.fit(job.Net())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    with caplog.at_level("WARNING", "phema_dist"):
+        trainer.test(job.Net())
+        assert "is evaluated, not one at the t of" not in caplog.text
+        trainer.test(job.Net(), ckpt_path=tmp_path / "saved.ckpt")
+    assert "is evaluated, not one at the t of" in caplog.text
 
 
 def test_a_checkpoint_without_averages_is_gone_on_from_by_its_t(tmp_path: Path, job: ModuleType) -> None:

@@ -23,7 +23,7 @@ from test_matrix import KINDS, net_without, take_values
 from test_resharding import assert_holds, live
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 import phema_dist.ranks
@@ -806,28 +806,184 @@ def test_an_optimizer_of_the_models_own_parameters_needs_nothing(tmp_path: Path)
     assert all(map(torch.equal, model.parameters(), average))
 
 
-def wrong_masters(kind: str, model: nn.Module) -> Any:
-    masters = masters_of(model)
-    if kind == "flat":
-        return torch.optim.SGD([torch.cat([m.detach().flatten() for m in masters])], lr=0.1)
-    if kind == "order":
-        return torch.optim.SGD(masters[::-1], lr=0.1)
-    if kind == "other values":
-        return torch.optim.SGD([m.detach() * 1.5 for m in masters], lr=0.1)
-    if kind == "other state":
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer.state[model[0].weight] = {"master_param": torch.zeros(4, 3)}
+def normed(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Its norms are equal."""
+    return nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(dtype)
+
+
+def test_a_frozen_parameter_has_no_master_though_one_rounds_to_it(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)).bfloat16()
+    model[0].requires_grad_(False)
+    masters = masters_of(model[1])
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        for value in (1.1, 1.05, 1.001):  # the last rounds to 1, which the frozen one is
+            with torch.no_grad():
+                masters[0].fill_(value)
+                model[1].weight.copy_(masters[0])
+            ema.update_(model)
+        ema.switch_(model, 0.05, optimizer=torch.optim.SGD(masters, lr=0.1))
+    (stored,) = synthesize(tmp_path, [0.05])
+    assert torch.equal(masters[0], stored.state_dict["1.weight"])
+    assert stored.state_dict["1.weight"].max() > stored.state_dict["0.weight"].max()
+
+
+GROUPS: dict[str, Callable[[list[torch.Tensor]], list[list[torch.Tensor]]]] = {
+    "one": lambda masters: [masters],
+    "by decay": lambda masters: [[m for m in masters if m.ndim == n] for n in (2, 1)],
+    "with a temperature": lambda masters: [[*masters, torch.ones(())]],
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_equal_parameters_have_their_masters_in_their_order(kind: str, tmp_path: Path) -> None:
+    model, masters = normed(), []
+
+    def optimizer() -> torch.optim.Optimizer:
+        masters.extend(masters_of(model))
+        groups = GROUPS[kind](masters)
+        return torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
+
+    assert all(map(torch.equal, switched(model, optimizer, tmp_path), masters))
+
+
+def test_masters_of_parameters_that_all_differ_may_have_any_order(tmp_path: Path) -> None:
+    model, masters = low(), []
+
+    def optimizers() -> list[torch.optim.Optimizer]:
+        masters.extend(masters_of(model))
+        return [torch.optim.SGD(some, lr=0.1) for some in (masters[:1:-1], masters[:2])]
+
+    assert all(map(torch.equal, switched(model, optimizers, tmp_path), masters))
+
+
+def test_named_masters_may_be_of_float32_and_of_nothing_and_come_in_any_order(tmp_path: Path) -> None:
+    model = normed()
+    model[3].float()
+    model.empty = nn.Parameter(torch.zeros(0, 3, dtype=torch.bfloat16))
+    temperature = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([*list(model.parameters())[::-1], temperature], lr=0.1)
+
+    def with_masters() -> torch.optim.Optimizer:
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {"master_param": parameter.detach().float().clone()}
         return optimizer
-    return object()
+
+    average = switched(model, with_masters, tmp_path)
+    masters = [optimizer.state[parameter]["master_param"] for parameter in model.parameters()]
+    assert all(map(torch.equal, masters, average))
+    assert temperature == 1
 
 
-@pytest.mark.parametrize("kind", ["flat", "order", "other values", "other state", "no optimizer"])
+@pytest.mark.parametrize("given", [True, False])
+def test_the_next_step_goes_on_from_the_average_only_if_the_optimizer_was_given(given: bool, tmp_path: Path) -> None:
+    model = low()
+    masters = masters_of(model)
+    optimizer = torch.optim.SGD(masters, lr=0.5)
+
+    def step() -> None:
+        for master in masters:
+            master.grad = torch.ones_like(master)
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(model.parameters(), masters, strict=True):
+                parameter.copy_(master)
+
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        for _ in range(3):
+            step()
+            ema.update_(model)
+        own = [master.detach().clone() for master in masters]
+        ema.switch_(model, 0.05, optimizer=optimizer if given else ())
+        step()
+    (stored,) = synthesize(tmp_path, [0.05])
+    start = [stored.state_dict[name] for name, _ in model.named_parameters()] if given else own
+    assert all(torch.equal(m, s - 0.5) for m, s in zip(masters, start, strict=True))
+    assert all(torch.equal(p, (s - 0.5).bfloat16()) for p, s in zip(model.parameters(), start, strict=True))
+
+
+def test_a_model_that_is_no_longer_finite_gets_its_average_back(tmp_path: Path) -> None:
+    model = low()
+    masters = masters_of(model)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as ema:
+        ema.update_(model)
+        own = [master.detach().clone() for master in masters]
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *masters):
+                tensor.fill_(torch.nan)
+        ema.switch_(model, optimizer=torch.optim.SGD(masters, lr=0.1))
+        assert all(map(torch.equal, masters, own))
+
+
+def shard_masters(folder: str, named: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 1)).bfloat16()
+    fully_shard(model)  # a rank holds nothing of the last layer
+    with PostHocEMA.from_model(model, folder, update_every=1) as ema:
+        for _ in range(3):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.1)
+            ema.update_(model)
+        masters = [parameter.detach().float() for parameter in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters() if named else masters, lr=0.1)
+        if named:
+            for parameter, master in zip(model.parameters(), masters, strict=True):
+                optimizer.state[parameter] = {"master_param": master}
+        assert any(isinstance(m, DTensor) and not m._local_tensor.numel() for m in masters) == (dist.get_rank() == 1)
+        ema.switch_(model, 0.05, optimizer=optimizer)
+    dist.barrier()  # each rank stores its part
+    (stored,) = synthesize(folder, [0.05])
+    for (name, parameter), master in zip(model.named_parameters(), masters, strict=True):
+        assert torch.equal(master.full_tensor(), stored.state_dict[name])  # type: ignore[attr-defined]
+        assert torch.equal(parameter.full_tensor(), stored.state_dict[name].bfloat16())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_masters_of_shards_get_their_part(named: bool, tmp_path: Path) -> None:
+    run(2, shard_masters, str(tmp_path), named)
+
+
+def in_state(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model[0].weight] = {"master_param": change(model[0].weight.detach().float())}
+    return optimizer
+
+
+def made_in_inference(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+def stepping_on(change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Callable[[nn.Module], Any]:
+    return lambda model: torch.optim.SGD(change(masters_of(model)), lr=0.1)
+
+
+WRONG: dict[str, Callable[[nn.Module], Any]] = {
+    "flat": stepping_on(lambda masters: [torch.cat([m.detach().flatten() for m in masters])]),
+    "other values": stepping_on(lambda masters: [m.detach() * 1.5 for m in masters]),
+    "other state": lambda model: in_state(model, torch.zeros_like),
+    "no optimizer": lambda _: object(),
+    "equal ones in another order": stepping_on(lambda masters: masters[::-1]),
+    "equal ones in other groups": lambda model: torch.optim.SGD(
+        [{"params": masters_of(layer)} for layer in list(model.children())[::-1]], lr=0.1
+    ),
+    "one of two equal ones": stepping_on(lambda masters: masters[1:]),
+    "one too many": stepping_on(lambda masters: [*masters, masters[0].detach().clone()]),
+    "another of a shape": stepping_on(lambda masters: [*masters, torch.full((4, 4), 9.0)]),
+    "one of another shape, and one lacks": stepping_on(lambda masters: [*masters[:-1], torch.ones(())]),
+    "of frozen ones": lambda model: stepping_on(list)(model.requires_grad_(False)),
+    "expanded": lambda model: in_state(model, lambda tensor: tensor[:1].expand(4)),  # all elements of a norm are equal
+    "inference": lambda model: in_state(model, made_in_inference),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
 def test_masters_that_cannot_be_told_apart_are_refused_and_nothing_is_changed(kind: str, tmp_path: Path) -> None:
-    model, before = low(), []
+    model, before = normed(), []
 
     def optimizer() -> Any:
         before.extend(p.detach().clone() for p in model.parameters())
-        return wrong_masters(kind, model)
+        return WRONG[kind](model)
 
     with pytest.raises(SettingsError, match=r"optimizer= (steps on|keeps|takes)"):
         switched(model, optimizer, tmp_path)

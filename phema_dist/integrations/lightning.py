@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from phema_dist.ema import PostHocEMA
 from phema_dist.errors import DamagedError, PhemaError, RunError, SettingsError, SnapshotError
+from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.ranks import ALONE
 from phema_dist.shard import whole
 from phema_dist.training.layout import read_layout
@@ -82,6 +84,7 @@ class PostHocEMACallback(Callback):
 
     Raises:
         TypeError: settings that `PostHocEMA.from_model` does not have.
+        ProfileError: there is no such length to evaluate with.
     """
 
     def __init__(
@@ -94,12 +97,15 @@ class PostHocEMACallback(Callback):
         **settings: Any,
     ) -> None:
         inspect.signature(PostHocEMA.from_model).bind(None, checkpoint_dir, **settings)
+        if evaluate_with is not None:
+            sigma_rel_to_gamma(evaluate_with)  # raises now, not at the first validation
         self.ema: PostHocEMA | None = None
         self._checkpoint_dir, self._settings, self._t = checkpoint_dir, settings, t
         self._evaluate_with, self._exact_resume = evaluate_with, exact_resume
         self._state: TrainingState | None = None  # of the latest fit, also when that has ended
         self._loaded: dict[str, Any] | None = None  # from the checkpoint that a fit goes on from
         self._entry = _ENTRY  # of this callback
+        self._trainer: Callable[[], Trainer] = lambda: None  # of the latest fit
         self._average: ExitStack | None = None  # holds an average in the model
         self._error: PhemaError | None = None  # of the last snapshot
         self._logged = -1  # global step
@@ -126,8 +132,9 @@ class PostHocEMACallback(Callback):
         settings = dict(self._settings)
         if loaded is not None:
             settings["resume"] = loaded["t"]
-        elif self.ema is not None:  # another fit of the same Trainer goes on too
+        elif self.ema is not None and self._trainer() is trainer:  # another fit of the same Trainer goes on too
             settings["resume"] = self.ema.t
+        self._trainer = weakref.ref(trainer)
         self.ema = PostHocEMA.from_model(trainer.model, self._checkpoint_dir, **settings)
         self._state = self.ema.training_state
         if loaded is not None and len(loaded) > 1:
@@ -177,6 +184,11 @@ class PostHocEMACallback(Callback):
         if ema is None:
             reads = {name: self._settings[name] for name in _READS if name in self._settings}
             ema = PostHocEMA.from_path(self._checkpoint_dir, **reads)
+        if trainer.state.fn != "fit" and trainer.ckpt_path is not None and trainer.is_global_zero:
+            _log.warning(
+                "the average of sigma_rel=%g at the newest snapshot of %s is evaluated, not one at the t of %s",
+                self._evaluate_with, self._checkpoint_dir, trainer.ckpt_path,
+            )  # fmt: skip
         try:
             self._enter(trainer, ema.model(trainer.model, self._evaluate_with, exchange=True))
         except SnapshotError as error:
