@@ -1,9 +1,13 @@
 """Train a diffusion model of handwritten digits with Accelerate and FSDP2, and go on after a stop.
 
-accelerate launch --num-processes 2 <this file> --help         (or torchrun; on CPUs Accelerate uses DDP)
+pip install accelerate '.[demo]'
+accelerate launch --num-processes 2 <this file> --help
+
+On CPUs, where `accelerate launch` starts one process: torchrun, and Accelerate uses DDP.
 """
 
 import argparse
+import os
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,7 +29,9 @@ def main() -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
     )
-    accelerator = Accelerator(fsdp_plugin=plugin)
+    # Without `cpu`, and without a GPU, the processes of torchrun would train alone, each for itself.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "Accelerate does not see all processes"
     torch.manual_seed(0)  # the same parameters on every rank
     model = Denoiser()
     model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=3e-3))

@@ -23,4 +23,6 @@ wanted=()
 for sigma_rel in $SIGMA_RELS; do wanted+=(--sigma-rel "$sigma_rel"); done
 
 export CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1
-exec torchrun --standalone --nproc-per-node "$NPROC" -m phema_dist synthesize "$RUN" "${wanted[@]}" --out "$OUT" "$@"
+echo "consolidate.sh: makes averages of $RUN in $OUT, on $NPROC processes." >&2
+exec torchrun --standalone --nproc-per-node "$NPROC" -m -- \
+    phema_dist synthesize "$RUN" "${wanted[@]}" --out "$OUT" "$@"

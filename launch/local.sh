@@ -20,7 +20,7 @@ if command -v setpriv >/dev/null; then bound=(setpriv --pdeathsig KILL); fi
 
 "${bound[@]}" torchrun --standalone --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS" \
     --signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 --no-python \
-    "${bound[@]}" python "$SCRIPT" --averages "$RUN" --checkpoints "$CHECKPOINTS" "$@" &
+    -- "${bound[@]}" python "$SCRIPT" --averages "$RUN" --checkpoints "$CHECKPOINTS" "$@" &
 job=$!
 
 # torchrun passes the signal to all processes, which save and end; it then fails itself. A second one would end it at
@@ -41,4 +41,4 @@ if [[ $signalled ]]; then
     exit 130
 fi
 ((status == 0)) || exit "$status"
-exec "$(dirname "$0")/consolidate.sh"
+exec "$(dirname "$(readlink -f "$0")")/consolidate.sh"

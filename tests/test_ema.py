@@ -393,11 +393,18 @@ def test_a_moment_that_is_none_is_refused(resume: Any, tmp_path: Path) -> None:
 def test_a_job_that_restarts_before_the_first_snapshot_begins_afresh(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "phema_dist")
     model = trained(tmp_path / "run", num_steps=30)
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=3) as ema:
         assert ema.t == 3
-        assert "hides the snapshots at t=[10, 20, 30]" in caplog.text
-        assert "beginning afresh" in caplog.text
+        (said,) = [record for record in caplog.records if "resume=3" in record.message]
+        assert said.levelno == logging.INFO  # training_state may be loaded next
+        assert said.message.endswith(
+            "resume=3: averaging begins afresh; the snapshots of before (t=10, 20, 30) are hidden, and deleted when "
+            "the run is beyond them"
+        )
+        assert "the averages saw nothing of t=1 to 3, unless training_state is loaded" in caplog.text
+        assert "going on from" not in caplog.text
         run = open_run(open_store(tmp_path / "run"))
         assert (run.complete, [s.t for s in run.abandoned]) == ((), [10, 20, 30])
         for _ in range(17):
@@ -405,6 +412,10 @@ def test_a_job_that_restarts_before_the_first_snapshot_begins_afresh(
     run = open_run(open_store(tmp_path / "run"))
     assert [(s.t, s.attempt) for s in run.complete] == [(13, 1), (20, 1)]
     assert [s.t for s in run.abandoned] == [30]  # the run is not beyond it
+    PostHocEMA.from_model(model, tmp_path / "run", resume=0).close()
+    (said,) = [record for record in caplog.records if "resume=0" in record.message]
+    assert said.levelno == logging.WARNING
+    assert "resume=0: averaging begins afresh; the snapshots of before (t=13, 20) are hidden" in said.message
 
 
 def test_after_an_outage_all_snapshots_are_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -854,7 +865,8 @@ def test_a_forked_child_neither_writes_nor_waits(tmp_path: Path) -> None:
 
 
 def test_the_clock_goes_on_where_the_model_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """resume=27: the model is at 27, the averages at 20; the next update covers what lies between."""
+    """resume=24: the model is at 24, the averages at 20; the next update covers what lies between."""
+    caplog.set_level(logging.INFO, "phema_dist")
     model = Clock(60)
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10) as ema:
         for t in range(1, 26):
@@ -866,7 +878,10 @@ def test_the_clock_goes_on_where_the_model_is(tmp_path: Path, caplog: pytest.Log
         for t in range(25, 61):
             model.set(t)
             ema.update_(model)
-    assert "going on from the snapshot at t=20; the averages saw nothing of t=21 to 24" in caplog.text
+    assert "going on from t=20 of attempt 0" in caplog.text
+    assert "the averages saw nothing of t=21 to 24, unless training_state is loaded" in caplog.text
+    (warned,) = [record.message for record in caplog.records if record.levelno > logging.INFO]
+    assert "t=25: the averages saw nothing of t=21 to 24; to go on exactly, load the training_state" in warned
     times = [*range(1, 21), *range(25, 61)]
     found = synthesize(tmp_path / "run", [0.28])[0].state_dict["weight"].double().numpy()
     np.testing.assert_allclose(found, tracked(gamma_of(0.28), times, 61), atol=1e-7)

@@ -109,7 +109,7 @@ def test_retention_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     store.put("pins/000000001000", b"")
     url = str(tmp_path / "run")
     assert main(["gc", url]) == 0
-    assert capsys.readouterr().out == f"{url}: 0 things removed, 0 bytes\n"
+    assert capsys.readouterr().out == f"{url}: nothing to remove\n"
     before, size = store.list(), sum(s.num_bytes for s in open_run(store).complete)  # as ls shows it
     assert main(["gc", url, "--keep", "3", "--dry-run"]) == 0
     listed = capsys.readouterr().out

@@ -181,6 +181,29 @@ def test_ctrl_c_and_a_second_one_let_a_local_training_save(patient: dict[str, ob
     assert "the same command goes on" in printed
 
 
+def test_a_script_gets_any_options_and_a_linked_local_sh_finds_what_makes_the_averages(tmp_path: Path) -> None:
+    (tmp_path / "link.sh").symlink_to(shutil.copytree(LAUNCH, tmp_path / "launch") / "local.sh")
+    (tmp_path / "launch/consolidate.sh").write_text("#!/bin/sh\necho averages\n")
+    (tmp_path / "words.py").write_text("import sys; print(sys.argv[1:], flush=True)")
+    where = {"SCRIPT": tmp_path / "words.py", "RUN": "run", "CHECKPOINTS": "training", "NPROC": 1}
+    printed = run(tmp_path / "link.sh", "--run", "x", "--ev", "1", "--", "y", **where).splitlines()
+    words = ["--averages", "run", "--checkpoints", "training", "--run", "x", "--ev", "1", "--", "y"]
+    assert printed[-2:] == [str(words), "averages"]
+
+
+@pytest.mark.parametrize("cpus", [{}, {"SLURM_CPUS_PER_TASK": 7}])
+def test_a_step_has_the_cores_of_its_job_and_an_array_is_refused(cpus: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    where = {"RUN": "run", "CHECKPOINTS": "x", "SLURM_JOB_ID": 1, "SLURM_JOB_NODELIST": "a,b", **cpus}
+    where |= {"SLURM_NOTES": tmp_path / "notes", "PATH": f"{tmp_path}{os.pathsep}{environment()['PATH']}"}
+    said = "--cpus-per-task=7 " if cpus else ""
+    assert run(LAUNCH / "slurm.sbatch", **where).startswith(f"--kill-on-bad-exit=1 {said}torchrun --nnodes 2 ")
+    with started(LAUNCH / "slurm.sbatch", **where, SLURM_ARRAY_JOB_ID=1) as process:
+        assert "an array would share one RUN" in process.communicate(timeout=10)[0]
+    assert process.returncode == 2
+
+
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of Linux")
 def test_kill_9_leaves_nothing_running(patient: dict[str, object], tmp_path: Path) -> None:
     with started(LAUNCH / "local.sh", **patient) as job:

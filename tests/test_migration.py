@@ -431,7 +431,9 @@ def test_an_imported_run_is_read_everywhere_and_gone_on_with_nowhere(
     given = ["--storage-options", json.dumps(options)] if options else []
     command = ["import", str(tmp_path / "ema"), "--from", library, "--out", url, *given]
     assert main(command) == 2
-    assert "--sigma-rels must say what the training tracked" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--sigma-rels must say what the training tracked" in error
+    assert "posthoc-ema is --sigma-rels 0.05,0.28; ema-pytorch has none" in error
     assert main([*command, "--sigma-rels", "0.05,0.28", "--update-every", "2"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in told[:4]] == [f"step {t + 1} -> t={t}" for t in (9, 19, 29, 39)]

@@ -291,10 +291,7 @@ def test_warnings_are_of_errors_that_matter(caplog: pytest.LogCaptureFixture) ->
     assert "float32 ones instead of BF16" in text
     assert f"parameters are off by about {100 * rested.certificate.parameter_error:.2g}%" in text
     assert warned(0.001, "F32")[1] == ""
-    assert "sigma_rel=" in rested.certificate.suggestion
-    near = float(rested.certificate.suggestion.split("=")[1].split()[0])
-    simulated = Simulated(range(1, 201), range(10, 201, 10), (0.05, 0.28), ["BF16"] * 20, step=0.001, seed=0)
-    assert plan(simulated.run, [near])[0].certificate.good
+    assert rested.certificate.suggestion == ""  # nothing within a factor of 2 is good
 
 
 def test_what_was_left_out_is_judged_alike() -> None:

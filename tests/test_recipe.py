@@ -14,6 +14,7 @@ from torch import nn
 
 from phema_dist import PostHocEMA
 from phema_dist.errors import ProfileError, SnapshotError
+from phema_dist.prediction import in_percent
 from phema_dist.profile import Array
 from phema_dist.storage.run import Run, open_run
 from phema_dist.storage.store import open_store
@@ -276,7 +277,7 @@ def test_what_is_left_out_is_named_with_what_it_costs(plain: Run, caplog: pytest
         "left out a snapshot that cannot be used, t=80: bitten",
         "left out a snapshot that cannot be used, t=90: chewed",
     ]
-    cost = f"{less.certificate.profile_error:.2%} instead of {whole.certificate.profile_error:.2%}"
+    cost = f"{in_percent(less.certificate.profile_error)} instead of {in_percent(whole.certificate.profile_error)}"
     assert lines[2].startswith("sigma_rel=0.1 at t=100: without what was left out, the profile error is")
     assert lines[2].endswith(cost)
     assert len(lines) == 4
@@ -338,7 +339,7 @@ def test_a_poor_target_suggests_the_nearest_good_one(
     nearest = next(recipe for recipe in near if recipe.certificate.good)
     assert nearest.certificate.suggestion == ""
     assert poor.certificate.suggestion == (
-        f"{nearest.target} would be good (error {nearest.certificate.profile_error:.1%})"
+        f"{nearest.target} would be good (error {in_percent(nearest.certificate.profile_error)})"
     )
     announce([poor])
     assert f"{target} at t=100: the profile error is" in caplog.text
@@ -366,7 +367,7 @@ def test_noise_is_a_reason_to_suggest_too(tmp_path: Path, caplog: pytest.LogCapt
     assert poor.certificate.profile_error < GOOD_ERROR
     assert poor.certificate.rounding_noise > GOOD_NOISE
     announce([poor])
-    assert "float32 ones do not; the last" in caplog.text
+    assert "float32 ones do not\n" in caplog.text  # what would be good is more than twice as long
 
 
 # What is written down

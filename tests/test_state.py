@@ -335,9 +335,12 @@ def test_a_state_of_another_folder_is_refused_where_snapshots_would_be_hidden(
         step_to(ema, model, 30)
         with pytest.raises(RunError, match="must come from this run"):
             ema.training_state.load_state_dict(foreign)
+        caplog.set_level(logging.INFO, "phema_dist")
         assert "hides" not in caplog.text
         ema.training_state.load_state_dict(own)
         assert "going on from t=15 hides the snapshots at t=[20, 30]" in caplog.text
+        assert "attempt 1 goes on from training_state, bit for bit, at t=15 on 1 ranks" in caplog.text
+        assert max(record.levelno for record in caplog.records) == logging.INFO  # it was asked for
     caplog.clear()
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=10, resume=True):
         assert "snapshots at t=[20, 30] stay hidden, because attempt 1 went on from t=15" in caplog.text

@@ -23,6 +23,7 @@ from torch import nn
 from phema_dist import PostHocEMA, ProfileError, SettingsError, sweep, synthesize, synthesize_files
 from phema_dist.cli import main
 from phema_dist.plot import sweep_figure
+from phema_dist.prediction import in_percent
 from phema_dist.selection import sweep as module
 from phema_dist.selection.grid import next_sigma_rel, parse_grid
 from phema_dist.selection.metric import last_number
@@ -93,8 +94,8 @@ def test_a_command_finds_the_best_length_on_every_kind_of_storage(
     assert 5 < len(tried) <= 13
     best = min(tried, key=loss)
     assert abs(best / OPTIMUM - 1) < 0.05
-    assert told[: len(tried)] == [f"sigma_rel = {s:g}: {loss(s):.6g}" for s in tried]
-    assert told[-1] == f"best: sigma_rel = {best:g}, {loss(best):.6g}; {out / 'best.safetensors'}"
+    assert told[: len(tried)] == [f"sigma_rel = {s:g}: {loss(s):.4g}" for s in tried]
+    assert told[-1] == f"best: sigma_rel = {best:g}, {loss(best):.4g}; {out / 'best.safetensors'}"
 
     assert sorted(path.name for path in out.rglob("*")) == ["best.safetensors", "sweep.json", "sweep.md", "sweep.svg"]
     (wanted,) = synthesize(url, [best], storage_options=options)
@@ -209,10 +210,11 @@ def test_what_fails_is_told_and_tried_again_and_the_others_are_measured(
     assert "sigma_rel=0.15: the command must print a number; it printed: no number here" in told.err
     assert "cuda\n" in told.err
     assert "best: sigma_rel = 0.2, " in told.out
-    row = re.search(r"^\| 0\.1 \| \| (.*)%", (tmp_path / "out/sweep.md").read_text(), re.MULTILINE)
+    assert "the best is at the edge of what was tried; longer ones may be better\n" in told.out
+    row = re.search(r"^\| 0\.1 \| \| (.*%)", (tmp_path / "out/sweep.md").read_text(), re.MULTILINE)
     assert row
     (wanted,) = synthesize(run, [0.1])
-    assert row[1] == f"{100 * wanted.certificate.profile_error:.2f}"
+    assert row[1].startswith(in_percent(wanted.certificate.profile_error))
     assert not list((tmp_path / "out").glob("sigma_rel-*"))
 
     program.write_text(EVAL)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phema_dist.cli.arguments import add_run, joined_ranks, json_object, number, number_at, opened, progress_bar, size
 from phema_dist.errors import SettingsError
+from phema_dist.prediction import in_percent
 from phema_dist.target import ConstantBeta, Explicit, Power, Target, UniformTail
 
 if TYPE_CHECKING:
@@ -198,9 +199,13 @@ def _summary(path: Path, facts: Mapping[str, Any], num_files: int, num_kept: int
     files = f" in {num_files} files" if num_files > 1 else ""
     kept = f"; {num_kept} of them were there already" if num_kept else ""
     off, movement = (certificate.get(name) for name in ("parameter_error", "movement"))  # shards may be older
-    expected = "" if off is None else f", parameter error {100 * off:.2g}% of a movement of {100 * movement:.2g}%"
+    expected = ""
+    if off is not None and movement is not None:
+        moves = f"averaging moves them by about {in_percent(movement)}"
+        expected = f"; parameters are off by about {in_percent(off)}, and {moves}"
     return (
         f"{path}: {facts['target']} at t={facts['t']}{files}, from snapshots: {certificate['num_snapshots']}, "
-        f"profile error {certificate['profile_error']:.2%}, rounding noise {certificate['rounding_noise']:.2%}"
-        f"{expected}{'; it was there already' if num_kept == num_files else kept}"
+        f"profile error {in_percent(certificate['profile_error'])}, "
+        f"rounding noise {in_percent(certificate['rounding_noise'])}{expected}"
+        f"{'; it was there already' if num_kept == num_files else kept}"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from phema_dist.cli.arguments import number
 from phema_dist.errors import SettingsError
-from phema_dist.profile import beta_to_sigma_rel, gamma_to_sigma_rel
+from phema_dist.profile import MAX_SIGMA_REL, beta_to_sigma_rel, gamma_to_sigma_rel
 from phema_dist.translation import Translation, check_t, half_life_to_beta, half_life_to_sigma_rel, translate
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ def _kimg(said: Translation, batch: int) -> float | None:
 def _sigma_rel(arguments: argparse.Namespace) -> float:
     """What was given, as a sigma_rel."""
     if arguments.sigma_rel is not None:
+        if arguments.sigma_rel > MAX_SIGMA_REL + 1e-4:
+            raise SettingsError(
+                "sigma_rel must lie in (0, 0.28867], as no power profile is wider than the plain mean; got "
+                f"{arguments.sigma_rel}."
+            )
         return float(arguments.sigma_rel)
     if arguments.gamma is not None:
         return gamma_to_sigma_rel(arguments.gamma)

@@ -54,7 +54,8 @@ def _import(arguments: argparse.Namespace) -> None:
     if arguments.sigma_rels is None:
         raise SettingsError(
             "--sigma-rels must say what the training tracked, in its order: the files do not. The default of "
-            "posthoc-ema is --sigma-rels 0.05,0.28; of gammas, phema convert --gamma tells the sigma_rel."
+            "posthoc-ema is --sigma-rels 0.05,0.28; ema-pytorch has none, so the training was given them. Of gammas, "
+            "phema convert --gamma tells the sigma_rel."
         )
 
     from phema_dist import report  # noqa: PLC0415  --help need not wait for torch

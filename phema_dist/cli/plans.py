@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from phema_dist import host, planning
 from phema_dist.cli.arguments import json_object, size, telling
-from phema_dist.prediction import in_units
+from phema_dist.prediction import in_percent, in_units
 from phema_dist.walk import GOOD_NOISE
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ _log = logging.getLogger("phema_dist")
 _DEFAULT_RANGE = (0.05, 0.28)
 _MOST_RANKS_PER_NODE = 8
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_LEAST_SHOWN = 1e-5
 _DTYPES = {"fp16": ", checkpoint_dtype=torch.float16", "bf16": ", checkpoint_dtype=torch.bfloat16"}
 
 
@@ -40,7 +39,7 @@ def add(commands: Commands) -> None:
     length.add_argument("--samples", type=_count, metavar="N", help="length of the run, if t counts samples")
     planning.add_argument("--batch-size", type=_count, metavar="N", help="samples a step, with --samples")
     parameters = planning.add_mutually_exclusive_group(required=True)
-    parameters.add_argument("--parameters", type=_count, metavar="N", help="of the model, as in 1.3B or 350M")
+    parameters.add_argument("--parameters", type=_parameters, metavar="N", help="of the model, as in 1.3B or 350M")
     parameters.add_argument(
         "--size-from", metavar="FILE|DIR|RUN",
         help="count them in a .safetensors file, a Hugging Face folder, one of torch.distributed.checkpoint (its "
@@ -79,6 +78,13 @@ def _count(text: str) -> int:
     if not 0 < number < math.inf or not round(number):
         raise argparse.ArgumentTypeError(f"must be a finite number above 0, such as 20000, 350M or 1.3B; got {text}")
     return round(number)
+
+
+def _parameters(text: str) -> int:
+    try:
+        return _count(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; for a file use --size-from") from error
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -146,9 +152,9 @@ def _lines(plan: Plan) -> list[str]:
         "track sigma_rels": ", ".join(f"{s:g}" for s in plan.sigma_rels),
         "a snapshot every": f"{_calls(plan.checkpoint_every)}, {snapshots}",
         "an update every": f"{_calls(plan.update_every)} or 0.01% of t, {plan.num_updates} in all{per}",
-        f"error for {low:g} to {high:g}": f"worst {_percent(plan.worst_error)}, mean {_percent(plan.mean_error)}",
-        "if stopped earlier": f"worst {_percent(plan.stop_error)}, from half of the run on, at a snapshot or between",
-        "rounding": f"changes parameters by {_percent(plan.rounding_noise)}{weighed}",
+        f"error for {low:g} to {high:g}": f"worst {in_percent(plan.worst_error)}, mean {in_percent(plan.mean_error)}",
+        "if stopped earlier": f"worst {in_percent(plan.stop_error)}, from half of the run on, at a snapshot or between",
+        "rounding": f"changes parameters by {in_percent(plan.rounding_noise)}{weighed}",
         "storage": f"{in_units(plan.bytes_in_all)} in all, {in_units(plan.bytes_per_rank)} by each rank",
         "host memory": f"{in_units(plan.host_bytes_per_rank)} for each rank",
         "host bandwidth": f"{update}{_rate(plan.host_bandwidth)}",
@@ -162,7 +168,7 @@ def _table(plan: Plan, others: dict[str, Plan], storage_bytes: int | None) -> li
     rows = [heads]
     for what, p in {"this plan": plan, **others}.items():
         tracked = ", ".join(f"{s:g}" for s in p.sigma_rels)
-        errors = (_percent(p.worst_error), _percent(p.stop_error), _percent(p.rounding_noise))
+        errors = (in_percent(p.worst_error), in_percent(p.stop_error), in_percent(p.rounding_noise))
         sizes = (in_units(p.bytes_in_all), in_units(p.host_bytes_per_rank))
         drawbacks = {
             "above --storage": storage_bytes is not None and p.bytes_in_all > storage_bytes,
@@ -189,10 +195,6 @@ def _code(plan: Plan) -> list[str]:
 
 def _calls(number: int) -> str:
     return "1 call" if number == 1 else f"{number} calls"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g}%" if share >= _LEAST_SHOWN else f"<{100 * _LEAST_SHOWN:g}%"
 
 
 def _rate(bytes_per_second: float | None) -> str:

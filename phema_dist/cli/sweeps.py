@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phema_dist.cli.arguments import add_run, progress_bar, size
@@ -14,6 +16,8 @@ from phema_dist.selection.grid import parse_grid
 if TYPE_CHECKING:
     from phema_dist.cli.arguments import Commands
     from phema_dist.selection.results import Point
+
+_LONGEST = 0.288  # to three digits; nothing is longer than the plain mean
 
 
 def add(commands: Commands) -> None:
@@ -87,10 +91,22 @@ def _sweep(arguments: argparse.Namespace) -> int:
     )
     print(found.table)
     if found.best:
-        print(f"best: sigma_rel = {found.best.sigma_rel:g}, {found.best.value:.6g}; {found.checkpoint}")
+        print(f"best: sigma_rel = {found.best.sigma_rel:g}, {found.best.value:.4g}; {found.checkpoint}")
+        if edge := _edge(found.best, found.points):
+            print(f"the best is at the edge of what was tried; {edge} may be better")
     else:
         print("phema: nothing was measured; there is no best one", file=sys.stderr)
     return 0 if found.best and not found.failed else 1
+
+
+def _edge(best: Point, points: Sequence[Point]) -> str:
+    """Which lengths, beyond those that have a metric, may be better; "" if the best lies between others."""
+    tried = [point.sigma_rel for point in points if not math.isnan(point.value)]
+    beyond = {
+        "shorter ones": best.sigma_rel == min(tried),
+        "longer ones": best.sigma_rel == max(tried) < _LONGEST,
+    }
+    return " or ".join(name for name, is_open in beyond.items() if is_open)
 
 
 def _tell(point: Point) -> None:
@@ -98,4 +114,4 @@ def _tell(point: Point) -> None:
     if point.problem:
         print(f"phema: sigma_rel={point.sigma_rel:g}: {point.problem}", file=sys.stderr, flush=True)
     else:
-        print(f"sigma_rel = {point.sigma_rel:g}: {point.value:.6g}", flush=True)
+        print(f"sigma_rel = {point.sigma_rel:g}: {point.value:.4g}", flush=True)

@@ -22,6 +22,7 @@ from phema_dist.plot.style import (
     legend_above,
     panels,
 )
+from phema_dist.prediction import in_percent
 from phema_dist.profile import Array, PowerProfile, Profile, Stored, UpdateHistory, fit
 from phema_dist.target import Explicit, Power, resolve
 
@@ -74,8 +75,8 @@ def composed(run: Run, recipe: Recipe) -> Composition:
     keys = [(sigma_rel, s.t) for sigma_rel in run.info.sigma_rels for s in run.complete if s.t <= recipe.t]
     of = OneStepProfile if run.info.imported else PowerProfile
     updates = UpdateHistory(run.complete[-1].manifests[0].updates).times()
-    error = "" if isinstance(recipe.target, Explicit) else f"profile error {_percent(certificate.profile_error)}, "
-    noise = f"rounding {_percent(certificate.rounding_noise)}"
+    error = "" if isinstance(recipe.target, Explicit) else f"profile error {in_percent(certificate.profile_error)}, "
+    noise = f"rounding {in_percent(certificate.rounding_noise)}"
     return Composition(
         name=f"{_words(recipe.target)} at t = {recipe.t}, from snapshots: {certificate.num_snapshots}",
         certificate=f"{error}{noise}, norm {certificate.coefficient_norm:.3g}",
@@ -101,7 +102,7 @@ def planned(snapshots: int, sigma_rels: Sequence[float], target: Power) -> Compo
     x, errors = fit(stored, [aim])
     return Composition(
         name=f"{_words(target)} at the end, from snapshots: {snapshots}",
-        certificate=f"profile error {_percent(float(errors[0]))}, norm {np.linalg.norm(x):.3g}",
+        certificate=f"profile error {in_percent(float(errors[0]))}, norm {np.linalg.norm(x):.3g}",
         stored=stored,
         coefficients=x[:, 0],
         target=aim,
@@ -173,10 +174,6 @@ def coefficients_figure(made: Composition) -> Figure:
     label_time(found[-1], f"t ({made.t_unit})")
     figure.suptitle(made.title, fontsize=TITLE_POINTS)
     return figure
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g}%"
 
 
 def _words(target: Target) -> str:

@@ -51,6 +51,7 @@ def timeline_figure(run: Run) -> Figure:
 
     That is, of the snapshots that the newest attempt builds on: the lag (updates on their way), the seconds that
     `update_` has waited and what was skipped, each since its attempt began, and the wall time that one unit of t took.
+    What was 0 all the time has no panel.
     Lines end where an attempt does. A run that was written before this was measured has the snapshots only.
 
     Raises:
@@ -61,7 +62,7 @@ def timeline_figure(run: Run) -> Figure:
         run.require_newest()
     rows = [(s, found) for s in run.complete if (found := [m.measured for m in s.manifests if m.measured])]
     has_wall = any(before.attempt == after.attempt for (before, _), (after, _) in pairwise(rows))
-    drawn = [_draw_lag, _draw_stalls, _draw_skipped, *([_draw_wall_time] if has_wall else [])] if rows else []
+    drawn = [draw for draw, fields in _PANELS.items() if _any(rows, fields)] + [_draw_wall_time] * has_wall
     figure, (first, *others) = panels([_height(run), *[_HEIGHT] * len(drawn)])
     _draw_snapshots(first, run)
     for draw, axes in zip(drawn, others, strict=True):
@@ -127,10 +128,10 @@ def _draw_stalls(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_skipped(axes: Axes, rows: Sequence[Row]) -> None:
-    """The counts of the worst rank, only those that are not always 0, but always one."""
+    """The counts of the worst rank, only those that are not always 0."""
     for field, label, colour, line in _COUNTS:
         values = [max(getattr(measured, field) for measured in ranks) for _, ranks in rows]
-        if any(values) or field == _COUNTS[0][0]:
+        if any(values):
             _line(axes, rows, values, color=colour, linestyle=line, label=label)
     whole_numbers(axes)
     from_zero(axes, least=1)
@@ -173,6 +174,17 @@ def _line(axes: Axes, rows: Sequence[Row], values: Sequence[float], *, color: st
         heights.append(height)
         last = snapshot.attempt
     axes.plot(ts, heights, color=color, linestyle=linestyle, linewidth=1.0, marker=".", markersize=2.5, label=label)
+
+
+def _any(rows: Sequence[Row], fields: Sequence[str]) -> bool:
+    return any(getattr(measured, field) for _, ranks in rows for measured in ranks for field in fields)
+
+
+_PANELS = {
+    _draw_lag: ("lag",),
+    _draw_stalls: ("stall_seconds",),
+    _draw_skipped: tuple(field for field, *_ in _COUNTS),
+}
 
 
 def _count(number: int, noun: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from phema_dist.errors import SettingsError
+from phema_dist.prediction import in_percent
 from phema_dist.storage.manifest import from_json
 from phema_dist.synthesis.files import create, discard, publish
 
@@ -137,7 +138,7 @@ def table(results: Results) -> str:
     for point in results.points:
         values = [_number(point, name) for name in names]
         note = "**best**" if point is results.best else point.problem.replace("|", "\\|")
-        lines.append([f"{point.sigma_rel:g}", *values, f"{point.profile_error:.2%}", note])
+        lines.append([f"{point.sigma_rel:g}", *values, in_percent(point.profile_error), note])
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 
 
@@ -145,4 +146,4 @@ def _number(point: Point, name: str) -> str:
     if name not in point.metrics:
         return ""
     value = point.metrics[name]
-    return "not finite" if value is None else f"{value:.6g}"
+    return "not finite" if value is None else f"{value:.4g}"

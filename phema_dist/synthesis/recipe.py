@@ -14,6 +14,7 @@ import numpy as np
 from phema_dist import profile
 from phema_dist.errors import ProfileError, SnapshotError
 from phema_dist.legacy import OneStepProfile
+from phema_dist.prediction import in_percent
 from phema_dist.profile import Array, PowerProfile, Profile, Stored, UpdateHistory
 from phema_dist.storage.snapshot import HALF_ULP
 from phema_dist.synthesis.noise import Noise, noise_of
@@ -29,6 +30,7 @@ GOOD_ERROR = 0.05  # a profile error above this is worth a warning
 GOOD_BIAS = 0.01  # and so is it if somebody's own EMA would differ by this share of the first parameters
 _POOR_ERROR = 0.5  # and a profile error above this is, whatever is promised of parameters
 _CLEARLY = 0.9  # a noise-aware solve is of use if it promises less than this share of the parameter error
+_NEAR = 2.0  # a good target is of use to who asked for another one if it is at most so many times as long or short
 GOOD_SHARE = 0.1  # and so is an error of the parameters above this share of what their average differs from them by
 
 
@@ -176,8 +178,8 @@ def announce(recipes: Sequence[Recipe]) -> None:
         elif certificate.noise_aware and not certificate.good:
             off, movement = certificate.parameter_error or 0.0, certificate.movement or 0.0
             _log.warning(
-                "%s: parameters are off by about %.2g%%, and this average differs from those at its end by %.2g%%; %s "
-                "would be more exact%s", what, 100 * off, 100 * movement,
+                "%s: parameters are off by about %s, and averaging moves them by about %s; %s would be more exact%s",
+                what, in_percent(off), in_percent(movement),
                 f"t={recipe.newest.t}, where a snapshot is," if recipe.newest.t != recipe.t
                 else f"more snapshots, or float32 ones instead of {recipe.newest.manifests[0].dtype},",
                 suggestion,
@@ -196,7 +198,7 @@ def announce(recipes: Sequence[Recipe]) -> None:
         _log.warning("left out a snapshot that cannot be used, %s", left_out)
     for recipe in recipes:
         certificate = recipe.certificate
-        without, with_all = f"{certificate.profile_error:.2%}", f"{certificate.error_with_all:.2%}"
+        without, with_all = in_percent(certificate.profile_error), in_percent(certificate.error_with_all)
         if certificate.left_out and without != with_all:
             _log.warning(
                 "%s at t=%d: without what was left out, the profile error is %s instead of %s",
@@ -340,9 +342,11 @@ def _with_recorded_errors(run: Run, recipes: Sequence[Recipe]) -> list[Recipe]:
 def _suggestion(
     target: Shape, t: float, profiles: Sequence[Stored], roundings: Array, times: Array | None, noise: Noise | None
 ) -> str:
-    """The nearest target of the same family and end that is good, in words; "" if there is none."""
+    """The nearest target of the same family and end that is good, in words; "" if there is none within `_NEAR`."""
     near, aims = [], []
     for other in neighbours(target, t, {p.t for p in profiles}):
+        if not 1 / _NEAR <= _length(other) / _length(target) <= _NEAR:
+            continue
         try:
             aims.append(resolve(other, t))
             near.append(other)
@@ -354,12 +358,19 @@ def _suggestion(
     if noise and aware.any():
         off, movements = noise.judge(profiles, x, aims)
         good = np.flatnonzero(np.logical_and.reduce([aware, off <= GOOD_SHARE * movements, errors <= _POOR_ERROR]))
-        return f"{near[good[0]]} would be good ({off[good[0]]:.2%} of {movements[good[0]]:.2%})" if len(good) else ""
+        return f"{near[good[0]]} would be good (off by {in_percent(off[good[0]])})" if len(good) else ""
     noises = np.linalg.norm(x * roundings[:, None], axis=0)
     for other, error, rounding in zip(near, errors.tolist(), noises.tolist(), strict=True):
         if _is_good(error, rounding):
-            return f"{other} would be good (error {error:.1%})"
+            return f"{other} would be good (error {in_percent(error)})"
     return ""
+
+
+def _length(target: Shape) -> float:
+    """How long it averages, in a unit of its family."""
+    if isinstance(target, Power):
+        return target.sigma_rel
+    return 1 / (1 - target.beta) if isinstance(target, ConstantBeta) else target.fraction
 
 
 def _is_good(profile_error: float, rounding_noise: float) -> bool:

@@ -55,8 +55,8 @@ class Place:
 class Grid:
     """Of the snapshots that are due, one in `every` is taken: fewer while storage is slow.
 
-    Which ones follows from the number of calls: ranks that skip at different moments come to take the same ones,
-    without talking, instead of each a snapshot that the others have not.
+    Which ones follows from the number of calls and `every`, a power of two: what a slower rank takes is on the grid of
+    a faster one, without talking. What only the faster ones take stays incomplete.
     """
 
     every: int = 1

@@ -77,6 +77,7 @@ class Session:
         self._counted = True  # t is the number of calls
         self._skips: torch.Tensor | None = None  # rounds of `attach` that proved to be no steps, counted on the device
         self._called = False  # since the averages were made, or restored
+        self.unseen = 0  # the time up to which the model was trained, and that the averages have not seen
         self._loaded = False  # the averages are those of a training checkpoint, and no update has followed
         self.writer = Writer(
             self.segments, self.tracker, settings.checkpoint_dtype, raises=settings.on_error == "raise"
@@ -156,7 +157,7 @@ class Session:
     def go_on_from(self, clock: Clock, attempt: Attempt) -> None:
         """Go on from averages that were put into the tracker, as this attempt."""
         self.t, self._calls, self._last_time, self._called = clock.t, clock.calls, clock.last_update, False
-        self._loaded = True
+        self._loaded, self.unseen = True, 0
         if self._skips is not None:
             self._skips.zero_()
         self.tracker.restore(UpdateHistory(clock.updates))
@@ -177,6 +178,10 @@ class Session:
                 f"resume={now}, which continues from the newest snapshot at or before that, or load the "
                 "training_state that was saved with the model."
             )
+        if self.unseen and self.place.rank == 0:
+            text = f"the averages saw nothing of t={self.tracker.t + self._origin + 1} to {self.unseen}"
+            self.place.warn(now, f"{text}; to go on exactly, load the training_state that was saved with the model")
+        self.unseen = 0
         self.t, self._calls, self._counted, self._skips = now, self._calls + 1, t is None, skips
         self._called = True
         time = now - self._origin
@@ -264,7 +269,8 @@ def begin(
         ranks.each(lambda: restore(session))
         session.restored()
     if not isinstance(resume, bool):  # where the model is; the next update covers what the averages have not seen
-        session.t = max(session.t, resume)
+        if resume > session.t:
+            session.t = session.unseen = resume
     if settings.drain_on_sigterm:
         ranks.each(ends.drain_on_sigterm)
     attempt = ranks.on_first(lambda: start(store, found, ranks.size))

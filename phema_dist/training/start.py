@@ -81,17 +81,25 @@ def _check_attempts(run: runs.Run) -> None:
 
 
 def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool | int) -> None:
-    """Log what a person who resumes may not expect."""
+    """Log what a person who resumes may not expect. With an integer, training_state may be loaded next."""
     url, t = run.store.url, parent.t if parent else 0
-    if parent is None and run.attempts:
-        _log.warning("%s: nothing complete to go on from is there; averaging begins afresh", url)
-    elif parent is not None:
+    if parent is not None:
         _log.info("%s: going on from t=%d of attempt %d", url, t, parent.attempt)
+        _tell_what_is_hidden(run, t)
+    elif resume is True and run.attempts:
+        _log.warning("%s: nothing complete to go on from is there; averaging begins afresh", url)
+    elif run.attempts:
+        hidden = ", ".join(str(s.t) for s in run.complete)
+        _log.log(
+            logging.WARNING if hidden and resume == 0 else logging.INFO,
+            "%s: resume=%d: averaging begins afresh%s", url, resume,
+            f"; the snapshots of before (t={hidden}) are hidden, and deleted when the run is beyond them"
+            if hidden else "",
+        )  # fmt: skip
     asked = float("inf") if resume is True else resume
     for snapshot in run.snapshots:
         if snapshot.problem and t < snapshot.t <= asked:
             _log.warning("%s: cannot go on from t=%d: %s", url, snapshot.t, snapshot.problem)
-    _tell_what_is_hidden(run, t)
     if left := [s.t for s in run.abandoned if s.problem is None and t < s.t <= asked]:
         newest = run.attempts[-1]
         _log.warning(
@@ -99,15 +107,13 @@ def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool |
             url, left, newest.number, newest.t,
         )  # fmt: skip
     if parent is not None and (dtype := parent.manifests[0].dtype) != "F32":
-        _log.warning(
-            "%s: going on from averages that were stored as %s, each rounded by up to %.2g of itself; float32 "
-            "snapshots and training_state are exact", url, dtype, HALF_ULP[dtype],
+        _log.log(
+            logging.WARNING if resume is True else logging.INFO,
+            "%s: going on from averages that were stored as %s, each rounded by up to %.2g of itself, unless "
+            "training_state is loaded; float32 snapshots are exact, too", url, dtype, HALF_ULP[dtype],
         )  # fmt: skip
     if t < asked < float("inf"):
-        start = f"going on from the snapshot at t={t}" if parent else "beginning afresh, there is no earlier snapshot"
-        _log.warning(
-            "%s: %s; the averages saw nothing of t=%d to %d, unless training_state is loaded", url, start, t + 1, asked
-        )
+        _log.info("%s: the averages saw nothing of t=%d to %d, unless training_state is loaded", url, t + 1, asked)
 
 
 def start(store: Store, found: Found, world_size: int) -> Attempt:
@@ -139,14 +145,15 @@ def start_from(store: Store, t: int, saved_by: tuple[int, str], world_size: int)
     _tell_what_is_hidden(run, t)
     attempt = runs.start_attempt(store, world_size, run.next_attempt, saved_by[0] if known else None, t)
     _log.info(
-        "%s: attempt %d goes on from training_state at t=%d on %d ranks", store.url, attempt.number, t, world_size
-    )
+        "%s: attempt %d goes on from training_state, bit for bit, at t=%d on %d ranks",
+        store.url, attempt.number, t, world_size,
+    )  # fmt: skip
     return attempt
 
 
 def _tell_what_is_hidden(run: runs.Run, t: int) -> None:
     if hidden := [s.t for s in run.complete if s.t > t]:
-        _log.warning(
+        _log.info(
             "%s: going on from t=%d hides the snapshots at t=%s; they are deleted when the run is beyond them",
             run.store.url, t, hidden,
         )  # fmt: skip
