@@ -268,9 +268,8 @@ def begin(
     if found.parent is not None:
         ranks.each(lambda: restore(session))
         session.restored()
-    if not isinstance(resume, bool):  # where the model is; the next update covers what the averages have not seen
-        if resume > session.t:
-            session.t = session.unseen = resume
+    if not isinstance(resume, bool) and resume > session.t:
+        session.t = session.unseen = resume  # where the model is; the next update covers what is unseen
     if settings.drain_on_sigterm:
         ranks.each(ends.drain_on_sigterm)
     attempt = ranks.on_first(lambda: start(store, found, ranks.size))
