@@ -52,7 +52,7 @@ def started(*command: object, **changes: object) -> Iterator["subprocess.Popen[s
     """A process with its own process group, as a terminal gives it; nothing of the group is left at the end."""
     process = subprocess.Popen(
         [str(word) for word in command], cwd=ROOT, env=environment(**changes), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_take_ctrl_c,  # noqa: PLW1509  no threads here
     )  # fmt: skip
     try:
         yield process
@@ -60,6 +60,11 @@ def started(*command: object, **changes: object) -> Iterator["subprocess.Popen[s
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def _take_ctrl_c() -> None:
+    """A shell cannot trap what it began with ignoring, as in the background of another one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*command: object, **changes: object) -> str:

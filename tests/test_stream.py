@@ -455,7 +455,7 @@ def test_memory_is_bounded_over_many_passes(tmp_path: Path, monkeypatch: pytest.
     for num_targets in (2, 8):
         command = [sys.executable, "-c", PASSES, str(tmp_path / "run"), str(num_targets), str(64 << 20)]
         peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        assert peak < (64 << 20) + (20 << 20), peak  # torch.empty: 112 MB or more for two targets
+        assert peak < (64 << 20) + (30 << 20), peak  # torch.empty: 112 MB or more for two targets
 
 
 def test_streams_that_overlap_leave_torch_its_threads(tmp_path: Path) -> None:
