@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,6 @@ class SwitchingAverages(StoredAverages):
             self.switch_(model, sigma_rel, optimizer=optimizer)
         return due
 
+    @abstractmethod
     def _training(self, model: nn.Module | None) -> Session:
         """The session, to train in; collective if there is none yet."""
-        raise NotImplementedError

@@ -25,7 +25,7 @@ from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.ranks import ALONE
 from phema_dist.shard import whole
 from phema_dist.training.layout import read_layout
-from phema_dist.training.swap import swapped
+from phema_dist.training.swap import keep, swapped
 
 try:
     from lightning.pytorch import Callback
@@ -276,20 +276,13 @@ def _saving_by(trainer: Trainer, save: Callable[..., None]) -> Iterator[None]:
 def _copied(model: nn.Module, *, only_save_diff: bool) -> Callable[[], AbstractContextManager[None]]:
     """A block in which the model has what it has now, without communication."""
     layout = read_layout(model, only_save_diff=only_save_diff)
-    tensors = [(tensor, tensor.local().to("cpu", copy=True)) for tensor in layout.tensors if tensor.is_parameter]
-    slots = [module._buffers for module in model.modules()]  # noqa: SLF001
-    buffers = [(at, name, each, each.clone()) for at in slots for name, each in at.items() if each is not None]
+    bring_back = keep(model, layout)  # the buffers, too: validation may count in them
 
     @contextmanager
     def again() -> Iterator[None]:
         with swapped(model, layout, ALONE):
-            with torch.no_grad():
-                for tensor, values in tensors:
-                    tensor.local().copy_(values)
-                for at, name, buffer, values in buffers:  # validation may count in them
-                    at[name] = buffer
-                    if not torch.equal(buffer, values):  # some cannot be written, and then were not
-                        buffer.copy_(values)
+            for each in bring_back:
+                each()
             torch.clear_autocast_cache()
             yield
 

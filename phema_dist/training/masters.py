@@ -18,6 +18,7 @@ from phema_dist.errors import SettingsError
 from phema_dist.shard import Box, intersect
 from phema_dist.storage.manifest import PARAMETER
 from phema_dist.training.parts import Flattened, Sharded, is_dtensor
+from phema_dist.training.swap import is_writable
 
 if TYPE_CHECKING:
     from phema_dist.training.layout import Layout, LocalTensor
@@ -80,7 +81,7 @@ def find_masters(layout: Layout, optimizers: Sequence[torch.optim.Optimizer]) ->
     spans.sort()
     pairs += _paired([tensor for tensor in low if not _is_in(tensor.local(), spans)], strangers)
     for tensor, master in pairs:
-        if master.is_inference() or torch._debug_has_internal_overlap(master) == 1:  # noqa: SLF001
+        if not is_writable(master):
             raise SettingsError(
                 f"optimizer= keeps a master of {tensor.info.fqn} that cannot be written; it is an expanded tensor, or "
                 "was made in inference mode. Replace it by a clone."

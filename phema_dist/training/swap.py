@@ -55,7 +55,7 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Write]:
     """
     ranks.each(lambda: reshard(model))
     ranks.each(lambda: check_writable(layout))
-    backup, buffers = ranks.each(lambda: (_own_parameters(layout), _own_buffers(model)))
+    give_back = ranks.each(lambda: keep(model, layout))
     flags = [(module, module.training) for module in model.modules()]
     with _lent_out([module for module, _ in flags]):
         try:
@@ -64,13 +64,10 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Write]:
         finally:
             for module, flag in flags:
                 module.training = flag
-            for module, name, buffer, _ in buffers:
-                module._buffers[name] = buffer  # noqa: SLF001
             _do_all(
                 [
                     partial(reshard, model),  # or the root would go on with what it gathered from the average
-                    *(partial(_give_back, tensor, own) for tensor, own in backup),
-                    *(partial(_give_buffer_back, buffer, own) for _, _, buffer, own in buffers if own is not None),
+                    *give_back,
                     torch.clear_autocast_cache,  # or a forward would go on with what it cast of the average
                 ]
             )
@@ -101,21 +98,38 @@ def _do_all(steps: Iterable[Callable[[], object]]) -> None:
         raise errors[0]
 
 
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether it can be given other values in place: not one that is expanded, or was made in inference mode."""
+    return not (tensor.is_inference() or torch._debug_has_internal_overlap(tensor) == 1)  # noqa: SLF001
+
+
 def check_writable(layout: Layout) -> None:
     """Raise LayoutError naming the first parameter that cannot be given other values in place."""
     for tensor in layout.tensors:
-        if tensor.is_parameter:  # buffers that cannot be written stay as they are
-            local = tensor.local()
-            if local.is_inference() or torch._debug_has_internal_overlap(local) == 1:  # noqa: SLF001
-                raise LayoutError(
-                    f"{tensor.info.fqn} must be writable to hold an average; it is an expanded tensor, or was made in "
-                    "inference mode. Replace it by a clone."
-                )
+        if tensor.is_parameter and not is_writable(tensor.local()):  # buffers that are not stay as they are
+            raise LayoutError(
+                f"{tensor.info.fqn} must be writable to hold an average; it is an expanded tensor, or was made in "
+                "inference mode. Replace it by a clone."
+            )
 
 
 @torch.no_grad()
-def _own_parameters(layout: Layout) -> list[tuple[LocalTensor, torch.Tensor]]:
-    return [(tensor, tensor.local().to("cpu", copy=True)) for tensor in layout.tensors if tensor.is_parameter]
+def keep(model: nn.Module, layout: Layout) -> list[Callable[[], None]]:
+    """Copy the model's parameters and all its buffers, persistent or not; what brings each of them back.
+
+    A forward may change or replace buffers. Of odd ones, only which they are is kept.
+    """
+    parameters = [tensor for tensor in layout.tensors if tensor.is_parameter]
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()  # noqa: SLF001
+        if buffer is not None
+    ]
+    return [
+        *(partial(_give_back, tensor, tensor.local().to("cpu", copy=True)) for tensor in parameters),
+        *(partial(_give_buffer_back, *at, at[2].to("cpu", copy=True) if _is_plain(at[2]) else None) for at in buffers),
+    ]
 
 
 @torch.no_grad()
@@ -124,19 +138,10 @@ def _give_back(tensor: LocalTensor, own: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _give_buffer_back(buffer: torch.Tensor, own: torch.Tensor) -> None:
-    if not _equal(buffer, own):  # some buffers cannot be written, and then were not
+def _give_buffer_back(module: nn.Module, name: str, buffer: torch.Tensor, own: torch.Tensor | None) -> None:
+    module._buffers[name] = buffer  # noqa: SLF001
+    if own is not None and not _equal(buffer, own):  # some buffers cannot be written, and then were not
         buffer.copy_(own)
-
-
-def _own_buffers(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]]:
-    """All of them, persistent or not: a forward may change or replace them. Of odd ones, only which they are."""
-    return [
-        (module, name, buffer, buffer.to("cpu", copy=True) if _is_plain(buffer) else None)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()  # noqa: SLF001
-        if buffer is not None
-    ]
 
 
 def _is_plain(buffer: torch.Tensor) -> bool:
