@@ -402,6 +402,7 @@ def test_memory_that_is_too_little_is_refused_with_the_least(tmp_path: Path) -> 
 
 PEAK = """
 import sys, torch
+from phema_dist.shard import Box
 from phema_dist.storage.run import open_run
 from phema_dist.storage.store import open_store
 from phema_dist.synthesis.recipe import plan
@@ -412,6 +413,7 @@ def resident(field):
 
 run = open_run(open_store(sys.argv[1]))
 recipes = plan(run, [0.1 + 0.002 * k for k in range(int(sys.argv[2]))])
+stream(run.store, run.info, recipes, lambda *_: None, wanted={"a": [Box((0, 0), (1, 1000))]})  # code is memory too
 before = resident("VmRSS:")
 stream(run.store, run.info, recipes, lambda *_: None, memory_bytes=int(sys.argv[3]))
 print(resident("VmHWM:") - before)
@@ -435,10 +437,8 @@ def test_memory_is_bounded_for_a_model_ten_times_larger(tmp_path: Path, monkeypa
 PASSES = (
     PEAK[: PEAK.index("before =")]
     + """
-from phema_dist.shard import Box
-
 run.store.read_concurrency = 4
-stream(run.store, run.info, recipes, lambda *_: None, wanted={})
+stream(run.store, run.info, recipes, lambda *_: None, wanted={"a": [Box((0, 0), (1, 1000))]})
 before = resident("VmRSS:")
 for part in range(12):
     num_rows = 1400 * (1 + part % 4)
@@ -455,7 +455,7 @@ def test_memory_is_bounded_over_many_passes(tmp_path: Path, monkeypatch: pytest.
     for num_targets in (2, 8):
         command = [sys.executable, "-c", PASSES, str(tmp_path / "run"), str(num_targets), str(64 << 20)]
         peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        assert peak < (64 << 20) + (30 << 20), peak  # torch.empty: 112 MB or more for two targets
+        assert peak < (64 << 20) + (34 << 20), peak  # torch.empty: 112 MB or more for two targets
 
 
 def test_streams_that_overlap_leave_torch_its_threads(tmp_path: Path) -> None:
