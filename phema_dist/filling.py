@@ -24,10 +24,10 @@ from phema_dist.synthesis.stream import stream
 from phema_dist.target import Power
 from phema_dist.training.exchange import Owned, exchange
 from phema_dist.training.layout import Layout, read_layout, select
-from phema_dist.training.masters import find_masters, into_masters
+from phema_dist.training.masters import find_masters
 from phema_dist.training.ownership import Shared, share, tell_apart
 from phema_dist.training.session import require_same_t
-from phema_dist.training.swap import check_writable, into, swapped
+from phema_dist.training.swap import check_writable, in_model, into, swapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +78,12 @@ class Average:
             torch.clear_autocast_cache()  # or a forward would go on with what it cast before
             yield
 
-    def switch(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def switch(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        masters: Mapping[torch.Tensor, torch.Tensor],
+    ) -> None:
         """Collective: into the parameters of a live model, and their masters, for good; buffers stay.
 
         All of it has been read before anything is changed.
@@ -86,16 +91,10 @@ class Average:
         self._agree()
         layout = self._layout(model)
         self.ranks.each(lambda: check_writable(layout))
-        masters = self.ranks.each(lambda: find_masters(layout, optimizers))
+        also = self.ranks.each(lambda: find_masters(layout, optimizers, masters))
         shared, owned = self._present(layout) or self._read_parts(layout)
-        into_model, into_their_masters = into(layout), into_masters(masters)
-
-        def write(fqn: str, box: Box, values: torch.Tensor) -> None:
-            if layout.infos[fqn].kind == PARAMETER:
-                into_model(fqn, box, values)
-                into_their_masters(fqn, box, values)
-
-        exchange(self.ranks, shared, owned, write)
+        parameters = [place for place in in_model(layout) if place[0].info.kind == PARAMETER]
+        exchange(self.ranks, shared, owned, into([*parameters, *also]))
         torch.clear_autocast_cache()
 
     def full_state(self) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from phema_dist.errors import SettingsError
@@ -25,6 +25,7 @@ class SwitchingAverages(StoredAverages):
         sigma_rel: float | None = None,
         *,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+        masters: Mapping[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Write an average into the live parameters, for good: Switch EMA (arXiv 2402.09240), at epoch ends say.
 
@@ -36,11 +37,15 @@ class SwitchingAverages(StoredAverages):
         Args:
             model: as in `update_`.
             sigma_rel: length of the average, in (0, 0.28867]; None: the shortest that is tracked.
-            optimizer: needed where it keeps float32 masters of 16-bit parameters: it, or several, whose masters get the
-                average before it is rounded. Without it they keep their values, and the next step undoes the switch.
+            optimizer: needed where it keeps float32 masters of 16-bit parameters: it, or several. Masters in its state
+                (`state[p]["master_param"]`) get the average before it is rounded. Without it they keep their values,
+                and the next step undoes the switch.
+            masters: needed where an optimizer steps on masters instead of the model's parameters: the master of each,
+                `dict(zip(model.parameters(), masters))`, of its shape on this rank.
 
         Raises:
-            SettingsError: masters that cannot be told apart; parameters that are an average, inside `ema.model(...)`.
+            SettingsError: `optimizer` may step on masters that are not named; something named is none; parameters that
+                are an average, inside `ema.model(...)`.
             ProfileError, RunError, StorageError: as `synthesize`; there is no snapshot yet, for a length that is not
                 tracked, or no update.
             LayoutError: the model does not have the run's tensors.
@@ -49,7 +54,7 @@ class SwitchingAverages(StoredAverages):
         length = min(session.info.sigma_rels) if sigma_rel is None else sigma_rel
         optimizers = (optimizer,) if not isinstance(optimizer, Sequence) else optimizer
         average = self._average(self._ranks, length, None, None)
-        average.switch(session.model if model is None else model, optimizers)
+        average.switch(session.model if model is None else model, optimizers, masters or {})
 
     def reset_hare_(
         self,
@@ -58,6 +63,7 @@ class SwitchingAverages(StoredAverages):
         every: int,
         sigma_rel: float | None = None,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+        masters: Mapping[torch.Tensor, torch.Tensor] | None = None,
     ) -> bool:
         """Reset the fast parameters to a slow average now and then: Hare & Tortoise (arXiv 2406.02596).
 
@@ -69,6 +75,7 @@ class SwitchingAverages(StoredAverages):
             every: calls of `update_` from one reset to the next.
             sigma_rel: length of the slow average; None: the shortest that is tracked.
             optimizer: as in `switch_`.
+            masters: as in `switch_`.
 
         Returns:
             Whether the parameters were reset.
@@ -81,7 +88,7 @@ class SwitchingAverages(StoredAverages):
         calls = self._training(model).calls
         due = calls > 0 and calls % every == 0
         if due:
-            self.switch_(model, sigma_rel, optimizer=optimizer)
+            self.switch_(model, sigma_rel, optimizer=optimizer, masters=masters)
         return due
 
     @abstractmethod

@@ -415,23 +415,23 @@ def test_live_averages_are_those_of_the_last_update_and_training_goes_on_as_if_n
 
 def test_training_goes_on_from_an_average_that_is_written_into_parameters_and_masters(tmp_path: Path) -> None:
     model = layers(dtype=torch.bfloat16).to(WHERE)
-    masters = [p.detach().float() for p in model.parameters()]
-    optimizer = torch.optim.SGD(masters, lr=0.1)
+    masters = {p: p.detach().float() for p in model.parameters()}
+    optimizer = torch.optim.SGD(masters.values(), lr=0.1)
     ema = PostHocEMA.from_model(model, tmp_path, sigma_rels=SIGMA_RELS, update_every=1, checkpoint_every=NEVER)
     resets = []
     for i in range(8):
         model(batch(i).bfloat16()).square().mean().backward()
-        for parameter, master in zip(model.parameters(), masters, strict=True):
+        for parameter, master in masters.items():
             master.grad, parameter.grad = parameter.grad.float(), None
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_copy_(list(model.parameters()), masters)
+            torch._foreach_copy_(list(masters), list(masters.values()))
         ema.update_(model)
-        with no_more_memory() if i % 4 < 3 else nullcontext():  # to compare, a master is rounded
-            if ema.reset_hare_(model, every=4, optimizer=optimizer):
+        with no_more_memory():
+            if ema.reset_hare_(model, every=4, optimizer=optimizer, masters=masters):
                 resets.append(i)
                 (average,) = ema._session.tracker.averages[0]
-                assert torch.equal(torch.cat([m.cpu().reshape(-1) for m in masters]), average)
+                assert torch.equal(torch.cat([m.cpu().reshape(-1) for m in masters.values()]), average)
                 assert torch.equal(torch.cat([p.reshape(-1) for p in held(model)]), average.bfloat16())
     assert resets == [3, 7]
     ema._session.writer.abandon(10.0)

@@ -755,198 +755,139 @@ def masters_of(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach().float().clone().requires_grad_() for p in model.parameters()]
 
 
-def switched(model: nn.Module, optimizer: Any, folder: Path) -> list[torch.Tensor]:
+def by_parameter(model: nn.Module) -> dict[torch.Tensor, torch.Tensor]:
+    return dict(zip(model.parameters(), masters_of(model), strict=True))
+
+
+def averaged(model: nn.Module, ema: PostHocEMA) -> None:
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        ema.update_(model)
+
+
+def switched(model: nn.Module, folder: Path, optimizer: Any = (), **settings: Any) -> list[torch.Tensor]:
     """Switch, and the average before rounding."""
     with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=100) as ema:
-        for _ in range(3):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(1.1)
-            ema.update_(model)
-        if isinstance(optimizer, Callable):  # type: ignore[arg-type]
-            optimizer = optimizer()
-        ema.switch_(model, 0.05, optimizer=optimizer)
+        averaged(model, ema)
+        ema.switch_(model, 0.05, optimizer=optimizer, **settings)
     (stored,) = synthesize(folder, [0.05])
     return [stored.state_dict[name] for name, _ in model.named_parameters()]
 
 
 def test_masters_that_an_optimizer_steps_on_get_the_average_before_it_is_rounded(tmp_path: Path) -> None:
-    model, made_by = low(), []
+    model = low()
     model[0].weight.requires_grad_(False)  # no master of it
-
-    def optimizer() -> torch.optim.Optimizer:
-        made_by.append([m for m, p in zip(masters_of(model), model.parameters(), strict=True) if p.requires_grad])
-        return torch.optim.SGD(made_by[0], lr=0.1)
-
-    average = switched(model, optimizer, tmp_path)
-    assert all(map(torch.equal, made_by[0], average[1:]))
+    masters = {p: m for p, m in by_parameter(model).items() if p.requires_grad}
+    temperature = torch.ones((), requires_grad=True)
+    optimizer = torch.optim.SGD([*list(masters.values())[::-1], temperature], lr=0.1)
+    average = switched(model, tmp_path, optimizer, masters=masters)
+    assert all(map(torch.equal, masters.values(), average[1:]))
     assert all(torch.equal(p, a.bfloat16()) for p, a in zip(model.parameters(), average, strict=True))
     assert not torch.equal(average[1], average[1].bfloat16().float())
+    assert temperature == 1
 
 
 def test_masters_in_the_state_of_an_optimizer_get_it_too(tmp_path: Path) -> None:
     model = low()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def with_masters() -> torch.optim.Optimizer:
-        for parameter in model.parameters():
-            optimizer.state[parameter] = {"master_param": parameter.detach().float(), "exp_avg": torch.zeros(1)}
-        return optimizer
-
-    average = switched(model, with_masters, tmp_path)
-    assert all(
-        torch.equal(optimizer.state[p]["master_param"], a) for p, a in zip(model.parameters(), average, strict=True)
-    )
+    model[1].float()  # and may be of float32, and of nothing
+    model.empty = nn.Parameter(torch.zeros(0, 3, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([*list(model.parameters())[::-1], nn.Parameter(torch.ones(()))], lr=0.1)
+    for parameter, master in by_parameter(model).items():
+        optimizer.state[parameter] = {"master_param": master, "exp_avg": torch.zeros(1), "is_master": True}
+    average = switched(model, tmp_path, [optimizer])
+    masters = [optimizer.state[parameter]["master_param"] for parameter in model.parameters()]
+    assert all(map(torch.equal, masters, average))
 
 
 def test_an_optimizer_of_the_models_own_parameters_needs_nothing(tmp_path: Path) -> None:
-    model, other = line(), nn.Linear(2, 2)
-    optimizers = [torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)]
-    average = switched(model, optimizers, tmp_path)
-    assert all(map(torch.equal, model.parameters(), average))
-
-
-def normed(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Its norms are equal."""
-    return nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(dtype)
-
-
-def test_a_frozen_parameter_has_no_master_though_one_rounds_to_it(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)).bfloat16()
-    model[0].requires_grad_(False)
-    masters = masters_of(model[1])
-    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
-        for value in (1.1, 1.05, 1.001):  # the last rounds to 1, which the frozen one is
-            with torch.no_grad():
-                masters[0].fill_(value)
-                model[1].weight.copy_(masters[0])
-            ema.update_(model)
-        ema.switch_(model, 0.05, optimizer=torch.optim.SGD(masters, lr=0.1))
-    (stored,) = synthesize(tmp_path, [0.05])
-    assert torch.equal(masters[0], stored.state_dict["1.weight"])
-    assert stored.state_dict["1.weight"].max() > stored.state_dict["0.weight"].max()
-
-
-GROUPS: dict[str, Callable[[list[torch.Tensor]], list[list[torch.Tensor]]]] = {
-    "one": lambda masters: [masters],
-    "by decay": lambda masters: [[m for m in masters if m.ndim == n] for n in (2, 1)],
-    "with a temperature": lambda masters: [[*masters, torch.ones(())]],
-}
-
-
-@pytest.mark.parametrize("kind", GROUPS)
-def test_equal_parameters_have_their_masters_in_their_order(kind: str, tmp_path: Path) -> None:
-    model, masters = normed(), []
-
-    def optimizer() -> torch.optim.Optimizer:
-        masters.extend(masters_of(model))
-        groups = GROUPS[kind](masters)
-        return torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
-
-    assert all(map(torch.equal, switched(model, optimizer, tmp_path), masters))
-
-
-def test_masters_of_parameters_that_all_differ_may_have_any_order(tmp_path: Path) -> None:
-    model, masters = low(), []
-
-    def optimizers() -> list[torch.optim.Optimizer]:
-        masters.extend(masters_of(model))
-        return [torch.optim.SGD(some, lr=0.1) for some in (masters[:1:-1], masters[:2])]
-
-    assert all(map(torch.equal, switched(model, optimizers, tmp_path), masters))
-
-
-def test_named_masters_may_be_of_float32_and_of_nothing_and_come_in_any_order(tmp_path: Path) -> None:
-    model = normed()
-    model[3].float()
-    model.empty = nn.Parameter(torch.zeros(0, 3, dtype=torch.bfloat16))
-    temperature = nn.Parameter(torch.ones(()))
-    optimizer = torch.optim.SGD([*list(model.parameters())[::-1], temperature], lr=0.1)
-
-    def with_masters() -> torch.optim.Optimizer:
-        for parameter in model.parameters():
-            optimizer.state[parameter] = {"master_param": parameter.detach().float().clone()}
-        return optimizer
-
-    average = switched(model, with_masters, tmp_path)
-    masters = [optimizer.state[parameter]["master_param"] for parameter in model.parameters()]
-    assert all(map(torch.equal, masters, average))
-    assert temperature == 1
+    for i, model in enumerate((line(), low())):
+        other = nn.Linear(2, 2)
+        optimizers = [torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)]
+        average = switched(model, tmp_path / str(i), optimizers)
+        assert all(torch.equal(p, a.to(p.dtype)) for p, a in zip(model.parameters(), average, strict=True))
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_the_next_step_goes_on_from_the_average_only_if_the_optimizer_was_given(given: bool, tmp_path: Path) -> None:
+def test_the_next_step_goes_on_from_the_average_only_if_the_masters_were_given(given: bool, tmp_path: Path) -> None:
     model = low()
-    masters = masters_of(model)
-    optimizer = torch.optim.SGD(masters, lr=0.5)
+    masters = by_parameter(model)
+    optimizer = torch.optim.SGD(masters.values(), lr=0.5)
 
     def step() -> None:
-        for master in masters:
+        for master in masters.values():
             master.grad = torch.ones_like(master)
         optimizer.step()
         with torch.no_grad():
-            for parameter, master in zip(model.parameters(), masters, strict=True):
+            for parameter, master in masters.items():
                 parameter.copy_(master)
 
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
         for _ in range(3):
             step()
             ema.update_(model)
-        own = [master.detach().clone() for master in masters]
-        ema.switch_(model, 0.05, optimizer=optimizer if given else ())
+        own = [master.detach().clone() for master in masters.values()]
+        assert ema.reset_hare_(model, every=3, sigma_rel=0.05, masters=masters if given else None)
         step()
     (stored,) = synthesize(tmp_path, [0.05])
     start = [stored.state_dict[name] for name, _ in model.named_parameters()] if given else own
-    assert all(torch.equal(m, s - 0.5) for m, s in zip(masters, start, strict=True))
+    assert all(torch.equal(m, s - 0.5) for m, s in zip(masters.values(), start, strict=True))
     assert all(torch.equal(p, (s - 0.5).bfloat16()) for p, s in zip(model.parameters(), start, strict=True))
 
 
 def test_a_model_that_is_no_longer_finite_gets_its_average_back(tmp_path: Path) -> None:
     model = low()
-    masters = masters_of(model)
+    masters = by_parameter(model)
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as ema:
         ema.update_(model)
-        own = [master.detach().clone() for master in masters]
+        own = [master.detach().clone() for master in masters.values()]
         with torch.no_grad():
-            for tensor in (*model.parameters(), *masters):
+            for tensor in (*masters, *masters.values()):
                 tensor.fill_(torch.nan)
-        ema.switch_(model, optimizer=torch.optim.SGD(masters, lr=0.1))
-        assert all(map(torch.equal, masters, own))
+        ema.switch_(model, masters=masters)
+        assert all(map(torch.equal, masters.values(), own))
 
 
-def shard_masters(folder: str, named: bool) -> None:
+def shard_masters(folder: str, in_state: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 1)).bfloat16()
     fully_shard(model)  # a rank holds nothing of the last layer
     with PostHocEMA.from_model(model, folder, update_every=1) as ema:
-        for _ in range(3):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(1.1)
-            ema.update_(model)
-        masters = [parameter.detach().float() for parameter in model.parameters()]
-        optimizer = torch.optim.SGD(model.parameters() if named else masters, lr=0.1)
-        if named:
-            for parameter, master in zip(model.parameters(), masters, strict=True):
+        averaged(model, ema)
+        masters = {parameter: parameter.detach().float() for parameter in model.parameters()}
+        optimizer = torch.optim.SGD(masters if in_state else masters.values(), lr=0.1)
+        if in_state:
+            for parameter, master in masters.items():
                 optimizer.state[parameter] = {"master_param": master}
-        assert any(isinstance(m, DTensor) and not m._local_tensor.numel() for m in masters) == (dist.get_rank() == 1)
-        ema.switch_(model, 0.05, optimizer=optimizer)
+        lacks = any(isinstance(m, DTensor) and not m._local_tensor.numel() for m in masters.values())
+        assert lacks == (dist.get_rank() == 1)
+        ema.switch_(model, 0.05, optimizer=optimizer, masters=None if in_state else masters)
     dist.barrier()  # each rank stores its part
     (stored,) = synthesize(folder, [0.05])
-    for (name, parameter), master in zip(model.named_parameters(), masters, strict=True):
+    for (name, parameter), master in zip(model.named_parameters(), masters.values(), strict=True):
         assert torch.equal(master.full_tensor(), stored.state_dict[name])  # type: ignore[attr-defined]
         assert torch.equal(parameter.full_tensor(), stored.state_dict[name].bfloat16())  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_masters_of_shards_get_their_part(named: bool, tmp_path: Path) -> None:
-    run(2, shard_masters, str(tmp_path), named)
+@pytest.mark.parametrize("in_state", [True, False])
+def test_masters_of_shards_get_their_part(in_state: bool, tmp_path: Path) -> None:
+    run(2, shard_masters, str(tmp_path), in_state)
 
 
-def in_state(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.optim.Optimizer:
+def in_state(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.state[model[0].weight] = {"master_param": change(model[0].weight.detach().float())}
-    return optimizer
+    optimizer.state[model[0].bias] = {"master_param": change(model[0].bias.detach().float())}
+    return {"optimizer": optimizer}
+
+
+def named(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    return {"masters": {model[0].bias: change(model[0].bias.detach().float())}}
+
+
+def stepping_on(model: nn.Module, masters: dict[torch.Tensor, torch.Tensor], num_named: int = 0) -> dict[str, Any]:
+    optimizer = torch.optim.SGD(masters.values(), lr=0.1)
+    return {"optimizer": optimizer, "masters": dict(list(masters.items())[:num_named])}
 
 
 def made_in_inference(tensor: torch.Tensor) -> torch.Tensor:
@@ -954,39 +895,32 @@ def made_in_inference(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
 
 
-def stepping_on(change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Callable[[nn.Module], Any]:
-    return lambda model: torch.optim.SGD(change(masters_of(model)), lr=0.1)
-
-
-WRONG: dict[str, Callable[[nn.Module], Any]] = {
-    "flat": stepping_on(lambda masters: [torch.cat([m.detach().flatten() for m in masters])]),
-    "other values": stepping_on(lambda masters: [m.detach() * 1.5 for m in masters]),
-    "other state": lambda model: in_state(model, torch.zeros_like),
-    "no optimizer": lambda _: object(),
-    "equal ones in another order": stepping_on(lambda masters: masters[::-1]),
-    "equal ones in other groups": lambda model: torch.optim.SGD(
-        [{"params": masters_of(layer)} for layer in list(model.children())[::-1]], lr=0.1
+WRONG: dict[str, tuple[str, Callable[[nn.Module], dict[str, Any]]]] = {
+    "of another shape": ("of its shape", lambda model: named(model, lambda m: m[:1])),
+    "of another dtype": ("found .*bfloat16", lambda model: named(model, torch.Tensor.bfloat16)),
+    "of another model": ("another parameter", lambda _: {"masters": by_parameter(low())}),
+    "in its state, of another shape": ("'master_param'.* of its shape", lambda model: in_state(model, lambda m: m[:1])),
+    "none is named": (r"and not on 0\.weight, of bfloat16", lambda model: stepping_on(model, by_parameter(model))),
+    "one is not named": (r"and not on 1\.bias, of", lambda model: stepping_on(model, by_parameter(model), 3)),
+    "a flat one": (
+        "1 float32 tensors that are not the model's",
+        lambda model: stepping_on(model, {model[0].bias: torch.cat([m.detach().flatten() for m in masters_of(model)])}),
     ),
-    "one of two equal ones": stepping_on(lambda masters: masters[1:]),
-    "one too many": stepping_on(lambda masters: [*masters, masters[0].detach().clone()]),
-    "another of a shape": stepping_on(lambda masters: [*masters, torch.full((4, 4), 9.0)]),
-    "one of another shape, and one lacks": stepping_on(lambda masters: [*masters[:-1], torch.ones(())]),
-    "of frozen ones": lambda model: stepping_on(list)(model.requires_grad_(False)),
-    "expanded": lambda model: in_state(model, lambda tensor: tensor[:1].expand(4)),  # all elements of a norm are equal
-    "inference": lambda model: in_state(model, made_in_inference),
+    "no optimizer": ("takes a torch.optim.Optimizer", lambda _: {"optimizer": object()}),
+    "expanded": ("cannot be written", lambda model: named(model, lambda m: m[:1].expand(len(m)))),
+    "inference": ("cannot be written", lambda model: in_state(model, made_in_inference)),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_masters_that_cannot_be_told_apart_are_refused_and_nothing_is_changed(kind: str, tmp_path: Path) -> None:
-    model, before = normed(), []
-
-    def optimizer() -> Any:
-        before.extend(p.detach().clone() for p in model.parameters())
-        return WRONG[kind](model)
-
-    with pytest.raises(SettingsError, match=r"optimizer= (steps on|keeps|takes)"):
-        switched(model, optimizer, tmp_path)
+def test_masters_that_cannot_be_written_are_refused_and_nothing_is_changed(kind: str, tmp_path: Path) -> None:
+    model = low()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        averaged(model, ema)
+        before = [p.detach().clone() for p in model.parameters()]
+        said, make = WRONG[kind]
+        with pytest.raises(SettingsError, match=said):
+            ema.switch_(model, **make(model))
     assert all(map(torch.equal, before, model.parameters()))
 
 

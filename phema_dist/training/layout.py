@@ -51,6 +51,7 @@ class LocalTensor:
     box: Box
     replicated: bool  # a DDP group or a DTensor placement says that other ranks hold the same elements
     is_parameter: bool  # in the model; those of integers are copied like buffers, and counted as such
+    requires_grad: bool  # when the layout was read
     part: Part
 
     def local(self) -> torch.Tensor:
@@ -206,7 +207,8 @@ def read_layout(
             aliases[found.fqn] = first
             continue
         infos[found.fqn] = info = _info(found)
-        tensors.extend(LocalTensor(info, box, found.replicated, found.is_parameter, p) for box, p in found.parts())
+        facts = found.replicated, found.is_parameter, found.requires_grad
+        tensors.extend(LocalTensor(info, box, *facts, part) for box, part in found.parts())
     return Layout(infos, tuple(tensors), aliases, frozenset(kin(model)), Census(model, find, homes, aliases))
 
 

@@ -21,21 +21,27 @@ if TYPE_CHECKING:
 
 
 Write: TypeAlias = Callable[[str, Box, torch.Tensor], None]
+Place: TypeAlias = tuple["LocalTensor", Callable[[], torch.Tensor]]  # a part of a tensor, and the storage of it
 
 
-def into(layout: Layout) -> Write:
-    """A function that writes a box of a tensor into this rank's storage of a model that holds its shards."""
-    held: dict[str, list[LocalTensor]] = {}
-    for tensor in layout.tensors:
-        held.setdefault(tensor.info.fqn, []).append(tensor)
+def into(places: Iterable[Place]) -> Write:
+    """A function that writes a box of a tensor wherever this rank has it."""
+    held: dict[str, list[Place]] = {}
+    for tensor, storage in places:
+        held.setdefault(tensor.info.fqn, []).append((tensor, storage))
 
     @torch.no_grad()
     def write(fqn: str, box: Box, values: torch.Tensor) -> None:
-        for tensor in held[fqn]:
+        for tensor, storage in held.get(fqn, ()):
             if intersect(tensor.box, box) == box:
-                tensor.local()[box.relative_to(tensor.box)].copy_(values)
+                storage()[box.relative_to(tensor.box)].copy_(values)
 
     return write
+
+
+def in_model(layout: Layout) -> list[Place]:
+    """This rank's storage of a model that holds its shards."""
+    return [(tensor, tensor.local) for tensor in layout.tensors]
 
 
 _lent: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many averages are in it, one over the other
@@ -60,7 +66,7 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Write]:
     with _lent_out([module for module, _ in flags]):
         try:
             model.eval()
-            yield into(layout)
+            yield into(in_model(layout))
         finally:
             for module, flag in flags:
                 module.training = flag
