@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from phema_dist.target import ConstantBeta, Explicit, Power, UniformTail
     from phema_dist.translation import Translation, half_life_to_sigma_rel, sigma_rel_to_half_life, translate
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "BackgroundError": "errors",
     "ConstantBeta": "target",

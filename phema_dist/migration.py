@@ -15,12 +15,12 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from phema_dist import __version__
 from phema_dist.errors import RunError, SettingsError, SnapshotError
 from phema_dist.legacy import DEFAULT_UPDATE_EVERY
 from phema_dist.profile import sigma_rel_to_gamma
@@ -121,7 +121,7 @@ def copy_folder(folder: Folder, store: Store) -> Iterator[Copied]:
     tensors = _look(folder, files)
     first = _first_call(folder, files)
     info = RunInfo(
-        FORMAT, version("phema-dist"), folder.sigma_rels, "steps", first - 1,
+        FORMAT, __version__, folder.sigma_rels, "steps", first - 1,
         only_save_diff=True,  # nobody says whether a folder has all of the model
         tensors=tensors, aliases={}, imported=Imported(folder.library, folder.update_every),
     )  # fmt: skip

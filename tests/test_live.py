@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import outcome, run
 from test_distributed import SIGMA_RELS, State, inputs, names, no_collectives
-from test_matrix import KINDS, net_without, take_values
+from test_matrix import KINDS, net_without, take_values, tensor_parallel
 from test_resharding import assert_holds, live
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import phema_dist.ranks
@@ -34,7 +36,7 @@ from phema_dist.training import exchange as exchanging
 from phema_dist.training import policy
 
 TRACKED, OTHER = SIGMA_RELS[0], 0.13
-# A forward of these needs more than Net has: inputs that are sharded, too, or one dtype.
+# A forward of these needs more than Net has: inputs that are sharded, too, or one dtype. See FORWARDS.
 SILENT = {"tp", "fsdp2-tp", "fsdp2-mixed"}
 UNTRAINED = SILENT | {"fsdp1-offload"}  # whose backward asks the device for streams, and a CPU has none
 
@@ -154,6 +156,63 @@ def test_any_wrapper_evaluates_the_bits_of_the_checkpoint_and_trains_on_as_if_it
     kind: str, world_size: int, tmp_path: Path
 ) -> None:
     run(world_size, evaluate_as, kind, str(tmp_path))
+
+
+def mesh(*shape: int) -> Any:
+    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
+
+
+# Those of SILENT, with a model that they can run.
+FORWARDS: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
+    "tp": (2, tensor_parallel),
+    "fsdp2-tp": (4, lambda net: fully_shard(tensor_parallel(net, mesh(2, 2)["tp"]), mesh=mesh(2, 2)["dp"])),
+    "fsdp2-mixed": (2, lambda net: fully_shard(net, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))),
+}
+
+
+def perceptron(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(OrderedDict(first=nn.Linear(6, 8), middle=nn.ReLU(), last=nn.Linear(8, 4)))
+    return FORWARDS[kind][1](net)
+
+
+def evaluate_forwards(kind: str, folder: str) -> None:
+    model, twin, loaded = (perceptron(kind) for _ in range(3))
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(dist.get_rank() // 2))  # the same in a group of TP
+
+    def train(model: nn.Module, ema: PostHocEMA | None = None) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(10):
+            model(x).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema:
+                ema.update_(model)
+
+    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=5) as ema:
+        train(model, ema)
+        with torch.no_grad():
+            own = model(x)
+        ema._session.writer.drain()  # type: ignore[union-attr]
+        dist.barrier()  # all have stored their parts
+        with ema.model(model, OTHER), torch.no_grad():
+            averaged = model(x)
+        state = get_model_state_dict(loaded)
+        dcp.load(state, storage_reader=SynthesisReader(folder, OTHER))
+        set_model_state_dict(loaded, state)
+        with torch.no_grad():
+            assert torch.equal(averaged, loaded(x))
+        assert not torch.equal(averaged, own)
+        train(model)  # torch itself may lose a gradient here if the root is still gathered
+    train(twin)
+    train(twin)
+    assert same(bits(model), bits(twin))
+
+
+@pytest.mark.parametrize("kind", FORWARDS)
+@pytest.mark.filterwarnings("ignore")
+def test_outputs_are_those_of_a_model_that_loads_the_average(kind: str, tmp_path: Path) -> None:
+    run(FORWARDS[kind][0], evaluate_forwards, kind, str(tmp_path))
 
 
 def with_own_buffers(model: nn.Module, state: State) -> State:

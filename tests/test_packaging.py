@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
+
+import phema_dist
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -55,6 +57,11 @@ def test_the_command_is_there() -> None:
     (command,) = entry_points(group="console_scripts", name="phema")
     assert command.value == PYPROJECT["project"]["scripts"]["phema"] == "phema_dist.cli:main"
     assert callable(command.load())
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert version("phema-dist") == phema_dist.__version__
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
 
 
 def test_a_wheel_holds_the_package_only() -> None:

@@ -8,9 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from phema_dist import __version__
 from phema_dist.errors import PhemaError, ProfileError, SettingsError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="phema", usage="phema [-h] [--version] COMMAND ...", description=_OVERVIEW, epilog=_AFTERWARDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"phema-dist {version('phema-dist')}")
+    parser.add_argument("--version", action="version", version=f"phema-dist {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="phema", help=argparse.SUPPRESS)
     for add in _commands():
         add(commands)

@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from phema_dist import __version__
 from phema_dist.errors import DamagedError
 from phema_dist.ranks import ALONE
 from phema_dist.shard import Box, intersect, whole
@@ -231,7 +231,7 @@ def _counted(progress: Progress | None, total: int) -> Callable[[int], object] |
 
 
 def _facts(recipe: Recipe, form: Form) -> dict[str, Any]:
-    return {"library": f"phema-dist {version('phema-dist')}", **recipe.describe(), "form": form.describe()}
+    return {"library": f"phema-dist {__version__}", **recipe.describe(), "form": form.describe()}
 
 
 def _require_the_same_left_out(recipe: Recipe, found: Mapping[str, Any]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from phema_dist import __version__
 from phema_dist.errors import RunError, StorageError
 from phema_dist.storage import run as runs
 from phema_dist.storage.manifest import FORMAT, Attempt, RunInfo, TensorFacts, attempt_key, from_json
@@ -36,7 +36,7 @@ def look(store: Store, ownership: Ownership, settings: Settings, *, resume: bool
     """On rank 0: what there is to go on with. Writes nothing."""
     wanted = RunInfo(
         FORMAT,
-        version("phema-dist"),
+        __version__,
         settings.sigma_rels or DEFAULT_SIGMA_RELS,
         settings.t_unit,
         settings.update_after_step,
