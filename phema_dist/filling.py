@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phema_dist.errors import DamagedError, LayoutError, SettingsError
+from phema_dist.memory import empty
 from phema_dist.storage import run as runs
 from phema_dist.storage.manifest import PARAMETER
 from phema_dist.synthesis.consolidate import empty_state, fill_boxes, fill_states
@@ -165,7 +166,7 @@ class Average:
         for each in shared:
             for i, box, _ in each.owned_by(self.ranks.rank):
                 info = each.tensors[i]
-                values = torch.empty(box.sizes, dtype=info.average_dtype, device="cpu")
+                values = empty(box.sizes, info.average_dtype)
                 owned.setdefault(info.fqn, []).append((box, values))
         self._read(fill_boxes([owned]), {fqn: [box for box, _ in parts] for fqn, parts in owned.items()})
         return shared, owned

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from phema_dist.ema import PostHocEMA
 from phema_dist.errors import DamagedError, PhemaError, RunError, SettingsError, SnapshotError
+from phema_dist.memory import empty
 from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.ranks import ALONE
 from phema_dist.shard import whole
@@ -310,7 +311,7 @@ def _whole(averages: _Averages, ranks: Ranks) -> _Averages:
         parts = ranks.gather({key: mine[key].boxes for key, *_ in batch if key in mine})
         if ranks.rank == 0:
             for (profile, fqn), shape, dtype in batch:
-                tensor = full.setdefault(profile, {})[fqn] = torch.empty(shape, dtype=dtype, device="cpu")
+                tensor = full.setdefault(profile, {})[fqn] = empty(shape, dtype)
                 for box, values in (part for held in parts for part in held.get((profile, fqn), ())):
                     tensor[box.relative_to(whole(shape))].copy_(values)
     return full

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from phema_dist import __version__
 from phema_dist.errors import DamagedError
+from phema_dist.memory import empty
 from phema_dist.ranks import ALONE
 from phema_dist.shard import Box, intersect, whole
 from phema_dist.storage.store import open_store
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from phema_dist.synthesis.stream import Sink
 
 Progress = Callable[[int, int], object]  # bytes read since the last call, bytes in all; called from any thread
-# From here on numpy asks for huge pages, and torch does not: fresh small ones are a fifth of what eight averages cost.
-_LARGE_BYTES = 4 << 20
 _LEFT_OUT = re.compile(r"t=(\d+): (.*)", re.DOTALL)
 
 
@@ -199,16 +197,8 @@ def write_checkpoints(
 
 def empty_state(info: RunInfo) -> dict[str, torch.Tensor]:
     """Uninitialised tensors for a whole state dict; tied names share one."""
-    with torch.inference_mode(mode=False):  # or no other thread could fill them
-        state = {fqn: _empty(facts.shape, result_dtype(facts)) for fqn, facts in info.tensors.items()}
+    state = {fqn: empty(facts.shape, result_dtype(facts)) for fqn, facts in info.tensors.items()}
     return state | {alias: state[fqn] for alias, fqn in info.aliases.items()}
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    num_bytes = whole(shape).numel * dtype.itemsize
-    if num_bytes < _LARGE_BYTES:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype).view(tuple(shape))
 
 
 def fill_states(states: Sequence[Mapping[str, torch.Tensor]]) -> Sink:

@@ -11,6 +11,7 @@ import time
 import torch
 
 from phema_dist.errors import SettingsError
+from phema_dist.memory import empty
 
 _POLL_SECONDS = 0.001
 
@@ -32,7 +33,7 @@ def has_streams(device: torch.device) -> bool:
 
 def host_buffer(numel: int, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
     """Memory of the host. Pinned, a device can write to it by itself; PyTorch rounds that up to 2^n bytes."""
-    return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=pinned)
+    return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True) if pinned else empty((numel,), dtype)
 
 
 class SideStream:

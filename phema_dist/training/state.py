@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.stateful import Stateful
 
 from phema_dist.errors import RunError
+from phema_dist.memory import copied
 from phema_dist.storage.manifest import from_json, to_json
 from phema_dist.training.session import Clock, require_same_t
 
@@ -47,7 +48,7 @@ class TrainingState(Stateful):
         shapes = {piece.info.fqn: piece.info.shape for s in self._session.segments for piece in s.pieces}
         averages = {
             _entry(sigma_rel): {
-                fqn: _boxed(shapes[fqn], [(box, view.clone()) for box, view in boxes]) for fqn, boxes in held.items()
+                fqn: _boxed(shapes[fqn], [(box, copied(view)) for box, view in boxes]) for fqn, boxes in held.items()
             }
             for sigma_rel, held in self._held()
         }

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from phema_dist.errors import LayoutError
+from phema_dist.memory import copied
 from phema_dist.shard import Box, intersect
 from phema_dist.training.wrappers import reshard
 
@@ -133,7 +134,7 @@ def keep(model: nn.Module, layout: Layout) -> list[Callable[[], None]]:
         if buffer is not None
     ]
     return [
-        *(partial(_give_back, tensor, tensor.local().to("cpu", copy=True)) for tensor in parameters),
+        *(partial(_give_back, tensor, copied(tensor.local())) for tensor in parameters),
         *(partial(_give_buffer_back, *at, at[2].to("cpu", copy=True) if _is_plain(at[2]) else None) for at in buffers),
     ]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phema_dist import profile
+from phema_dist.memory import empty
 
 if TYPE_CHECKING:
     from phema_dist.shard import Box
@@ -34,7 +35,7 @@ class Tracker:
         self.segments = tuple(s for s in segments if s.averaged)
         self.gammas = tuple(map(profile.sigma_rel_to_gamma, sigma_rels))
         self.averages = [
-            [torch.zeros(s.numel, dtype=s.average_dtype, device="cpu") for s in self.segments] for _ in self.gammas
+            [empty((s.numel,), s.average_dtype).zero_() for s in self.segments] for _ in self.gammas
         ]
         self.history = profile.UpdateHistory()
         self.num_refused = 0
