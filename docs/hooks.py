@@ -48,7 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what a page includes."""
     del page, config, files
-    return _NOT_RUN.sub("", _INCLUDE.sub(_included, markdown))
+    return _NOT_RUN.sub("", _INCLUDE.sub(_included, linked(markdown, Path("docs"))))
 
 
 def _included(match: re.Match[str]) -> str:

@@ -39,8 +39,8 @@ _log = logging.getLogger("phema_dist")
 class PostHocEMA(SwitchingAverages):
     """Averages of a model while it trains, and an average of any length afterwards.
 
-    Make one with `from_model` to train, or with `from_path` to read a run. Under torchrun, make it on every rank and
-    call `update_` and `close` on every rank, which never communicate; what does says so.
+    Make one with `from_model` to train, or with `from_path` to read a run. Under torchrun, make it on every rank, and
+    call `update_` and `close` on every rank: these never communicate. What is collective says so.
     """
 
     def __init__(self, store: Store, settings: Settings, calculation_dtype: torch.dtype = torch.float32) -> None:
@@ -91,7 +91,7 @@ class PostHocEMA(SwitchingAverages):
             checkpoint_every: calls of `update_` from one snapshot to the next.
             checkpoint_dtype: of stored averages: float32 (None), bfloat16 or float16.
             calculation_dtype: the default for the sums of a synthesis: float32 or float64.
-            only_save_diff: leave out parameters that do not require gradients.
+            only_save_diff: leave out parameters that do not require gradients now. One that does later has no average.
             update_after_step: t at which averaging begins; everything before is forgotten.
             storage_options: for the store (key, secret, endpoint_url, …), or the usual AWS environment.
             resume: True: go on from the newest complete snapshot. An integer: the t where the model is; the averages
@@ -221,7 +221,7 @@ class PostHocEMA(SwitchingAverages):
     def attach(
         self, *optimizers: torch.optim.Optimizer, model: nn.Module | None = None, t: Callable[[], int] | None = None
     ) -> None:
-        """Make one update whenever all of these optimizers have stepped, instead of calls of `update_`.
+        """Do what a call of `update_` does, whenever all of these optimizers have stepped.
 
         A step that a GradScaler skips is no update and does not count, and is found out without waiting for the
         device. The copy of the parameters overlaps with the next forward and backward; only optimizers may change

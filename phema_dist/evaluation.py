@@ -50,9 +50,10 @@ class StoredAverages:
     ) -> Iterator[nn.Module]:
         """Evaluate an average in place: the same object, in eval mode, with other parameters inside the block.
 
-        Each rank fills the part that it holds and takes no accelerator memory for it. Parameters, buffers and training
-        flags come back bit for bit on any exit. While training, a tracked length is the average as of the last update;
-        others, and any length if it is closed or only read, end at the newest complete snapshot and come from storage.
+        Each rank fills the part that it holds, and takes no accelerator memory: the model's own values wait in that of
+        the host. Parameters, buffers and training flags come back bit for bit on any exit. While training, a tracked
+        length is the average as of the last update; others, and any length if it is closed or only read, end at the
+        newest complete snapshot and come from storage.
 
         Sharded models: collective on the way in, the way back never communicates. Others (plain, DDP): not collective,
         any rank may enter alone. It reads all of the model from storage, tracked lengths too, once the newest snapshot

@@ -47,9 +47,10 @@ def plan(
 ) -> Plan:
     """Choose what to track and to store, such that the worst error over a range of sigma_rel is small.
 
-    Two sigma_rels and float32 are tried first, then three, then float16: the first with a worst error of at most
-    `GOOD_ERROR` wherever the run is stopped in its second half, with as few snapshots as that takes; and if there is
-    none, the one with the least. Snapshots are evenly spaced and all kept. What is given is not chosen.
+    Two sigma_rels and float32 are tried first, then three, then (where storage is limited) float16: the first with a
+    worst error of at most `GOOD_ERROR` wherever the run is stopped in its second half, with as few snapshots as that
+    takes; and if there is none, the one with the least. Snapshots are evenly spaced and all kept. What is given is not
+    chosen.
 
     Args:
         steps: length of the run in units of t.

@@ -58,9 +58,9 @@ class PostHocEMACallback(Callback):
     `Trainer(callbacks=[PostHocEMACallback("runs/digits", update_every=10, checkpoint_every=1000)])`. Works with one
     device, DDP, FSDPStrategy and ModelParallelStrategy. Nothing happens under `fast_dev_run`.
 
-    There is one update after each step of the optimizers, however many batches a step has: `PostHocEMA.attach` with the
+    `update_` is called after each step of the optimizers, however many batches a step has: `PostHocEMA.attach` with the
     optimizers in the order of `configure_optimizers`, so that a step that GradScaler skips is none, and several
-    optimizers make one update together. A fit that ends writes a last snapshot; one that an exception or Ctrl-C ends
+    optimizers make one call together. A fit that ends writes a last snapshot; one that an exception or Ctrl-C ends
     stores what was queued. `ema` is the PostHocEMA, from the beginning of a fit on.
 
     Lightning's checkpoints carry the clock and the float32 averages: 4 bytes per parameter and tracked sigma_rel, whole

@@ -47,8 +47,8 @@ _NAME = "phema_dist"  # in the trainer's state
 class PostHocEMACallback(TrainerCallback):
     """Averages the model of a Trainer: plain, under DDP or FSDP, on any number of ranks.
 
-    One update per step of the trainer, so t is its `global_step`. The averages go into the trainer's checkpoints, whose
-    folder all ranks must share, and come back bit for bit with `train(resume_from_checkpoint=...)`.
+    One call of `update_` per step of the trainer, so t is its `global_step`. The averages go into the trainer's
+    checkpoints, whose folder all ranks must share, and come back bit for bit with `train(resume_from_checkpoint=...)`.
     A Trainer may have several of these callbacks, in the same order whenever it goes on.
     """
 
