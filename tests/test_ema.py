@@ -266,6 +266,18 @@ def test_a_run_of_another_model_is_refused(tmp_path: Path) -> None:
         PostHocEMA.from_path(tmp_path / "run", sigma_rels=(0.05, 0.1))
 
 
+def test_what_t_counts_and_where_it_begins_cannot_change(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"update_every": 1, "checkpoint_every": 5, "t_unit": "images", "update_after_step": 3}
+    with PostHocEMA.from_model(nn.Linear(2, 2), tmp_path, **settings) as ema:
+        for _ in range(10):
+            ema.update_()
+    for other in ({"t_unit": "tokens"}, {"update_after_step": 4}):
+        with pytest.raises(RunError, match=r"has (t_unit 'images'|update_after_step 3), which cannot change; got"):
+            PostHocEMA.from_model(nn.Linear(2, 2), tmp_path, resume=True, **settings | other)
+    for same in (settings, {}):
+        PostHocEMA.from_model(nn.Linear(2, 2), tmp_path, resume=True, **same).close()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -318,13 +318,17 @@ def test_one_process_owns_all_of_a_plain_model_in_its_order() -> None:
 
 def test_tensors_without_elements_are_tensors_of_the_run() -> None:
     model: Any = nn.Module()
-    model.none = nn.Parameter(torch.zeros(0, 7))
-    assert [p.box for p in agree(read_layout(model), ALONE).pieces] == [whole((0, 7))]
+    model.none, model.one = nn.Parameter(torch.zeros(0, 7)), nn.Parameter(torch.zeros(1))
+    assert [p.box for p in agree(read_layout(model), ALONE).pieces] == [whole((0, 7)), whole((1,))]
 
 
 def test_a_model_with_nothing_to_average_is_refused() -> None:
     frozen = nn.Linear(3, 3).requires_grad_(requires_grad=False)
-    for layout in (read_layout(nn.BatchNorm1d(3, affine=False)), read_layout(frozen, only_save_diff=True)):
+    emptied = nn.Linear(3, 3, bias=False)
+    emptied.weight.data = torch.empty(0)  # as DeepSpeed's ZeRO-3 does
+    for layout in (
+        read_layout(nn.BatchNorm1d(3, affine=False)), read_layout(frozen, only_save_diff=True), read_layout(emptied)
+    ):  # fmt: skip
         with pytest.raises(LayoutError, match="must have parameters to average"):
             agree(layout, ALONE)
 

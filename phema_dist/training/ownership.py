@@ -150,8 +150,11 @@ def _agree_on_tensors(layout: Layout, ranks: Ranks) -> tuple[tuple[TensorInfo, .
                     f"{listed(first[fqn])} and {_info(fqn, fact)} on ranks {listed(by)}. {APART} make them alike."
                 )
         aliases.update(more_aliases)
-    if not any(kind == PARAMETER for _, _, kind in facts.values()):
-        raise LayoutError("the model must have parameters to average; all are frozen and left out, or there are none.")
+    if not any(kind == PARAMETER and 0 not in shape for shape, _, kind in facts.values()):
+        raise LayoutError(
+            "the model must have parameters to average; all are frozen and left out, or have no elements (as DeepSpeed "
+            "leaves them), or there are none."
+        )
     return tuple(_info(fqn, fact) for fqn, fact in facts.items()), aliases
 
 

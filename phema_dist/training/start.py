@@ -61,6 +61,7 @@ def look(store: Store, ownership: Ownership, settings: Settings, *, resume: bool
             + " or choose another checkpoint_dir."
         )
     check_sigma_rels(store, run.info, settings)
+    _check_same_time(store, run.info, settings)
     _check_same_tensors(store, run.info, wanted)
     _check_attempts(run)
     parent = newest if resume is True else run.newest(resume)
@@ -166,6 +167,16 @@ def check_sigma_rels(store: Store, info: RunInfo, settings: Settings) -> None:
             f"{store.url} tracks sigma_rels {info.sigma_rels}, which cannot change; got {settings.sigma_rels}. "
             "Leave sigma_rels out, or begin a new run."
         )
+
+
+def _check_same_time(store: Store, info: RunInfo, settings: Settings) -> None:
+    """Raise RunError if t is to count something else, or from elsewhere; what is still the default was not chosen."""
+    for name, has in {"t_unit": info.t_unit, "update_after_step": info.origin}.items():
+        if (given := getattr(settings, name)) not in {has, getattr(Settings, name)}:
+            raise RunError(
+                f"{store.url} has {name} {has!r}, which cannot change; got {given!r}. Leave {name} out, if t still "
+                "counts the same, or begin a new run."
+            )
 
 
 def _check_same_tensors(store: Store, info: RunInfo, wanted: RunInfo) -> None:

@@ -34,9 +34,7 @@ class Tracker:
     def __init__(self, segments: Sequence[Segment], sigma_rels: Sequence[float]) -> None:
         self.segments = tuple(s for s in segments if s.averaged)
         self.gammas = tuple(map(profile.sigma_rel_to_gamma, sigma_rels))
-        self.averages = [
-            [empty((s.numel,), s.average_dtype).zero_() for s in self.segments] for _ in self.gammas
-        ]
+        self.averages = [[empty((s.numel,), s.average_dtype).zero_() for s in self.segments] for _ in self.gammas]
         self.history = profile.UpdateHistory()
         self.num_refused = 0
         self._block = _BLOCK * min(torch.get_num_threads(), _MOST_CORES)
