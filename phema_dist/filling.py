@@ -76,6 +76,7 @@ class Average:
                 for tensor in layout.tensors:
                     boxes.setdefault(tensor.info.fqn, []).append(tensor.box)
                 self._read(lambda _, fqn, box, values: write(fqn, box, values), boxes)
+            model.eval()
             torch.clear_autocast_cache()  # or a forward would go on with what it cast before
             yield
 
@@ -93,6 +94,8 @@ class Average:
         layout = self._layout(model)
         self.ranks.each(lambda: check_writable(layout))
         also = self.ranks.each(lambda: find_masters(layout, optimizers, masters))
+        if self.session is not None:
+            self.ranks.each(self.session.take_in)  # or the steps since the last update would be lost
         shared, owned = self._present(layout) or self._read_parts(layout)
         parameters = [place for place in in_model(layout) if place[0].info.kind == PARAMETER]
         exchange(self.ranks, shared, owned, into([*parameters, *also]))

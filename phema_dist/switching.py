@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class SwitchingAverages(StoredAverages):
     """Averages that may be written into the parameters that train. PostHocEMA is one."""
 
+    _reset_at: tuple[int, int] | None = None  # attempt and call: what steps after a reset keeps its step
+
     def switch_(
         self,
         model: nn.Module | None = None,
@@ -30,18 +32,18 @@ class SwitchingAverages(StoredAverages):
         """Write an average into the live parameters, for good: Switch EMA (arXiv 2402.09240), at epoch ends say.
 
         Call it on every rank, after `update_`; training goes on from there. Collective. A tracked length is the average
-        as of the last update, others end at the newest complete snapshot. Only parameters change: buffers, the averages
-        themselves, their clock and the optimizer's moments stay as they are (to forget these, `optimizer.state.clear()`
-        where it keeps no masters). Nothing is changed if it fails.
+        as of now: what was stepped since the last update is taken in before. Others end at the newest complete
+        snapshot. Only parameters change: buffers, the clock and the optimizer's moments stay as they are (to forget
+        these, `optimizer.state.clear()` where it keeps no masters). Nothing is changed if it fails.
 
         Args:
             model: as in `update_`.
             sigma_rel: length of the average, in (0, 0.28867]; None: the shortest that is tracked.
             optimizer: needed where it keeps float32 masters of 16-bit parameters: it, or several. Masters in its state
-                (`state[p]["master_param"]`) get the average before it is rounded. Without it they keep their values,
-                and the next step undoes the switch.
+                (`state[p]["master_param"]`) or in its `param_groups_master` get the average before it is rounded.
+                Without it they keep their values, and the next step undoes the switch.
             masters: needed where an optimizer steps on masters instead of the model's parameters: the master of each,
-                `dict(zip(model.parameters(), masters))`, of its shape on this rank.
+                `dict(zip(model.parameters(), masters, strict=True))`, of its shape on this rank.
 
         Raises:
             SettingsError: `optimizer` may step on masters that are not named; something named is none; parameters that
@@ -85,10 +87,12 @@ class SwitchingAverages(StoredAverages):
         """
         if not isinstance(every, int) or every < 1:
             raise SettingsError(f"every must be a positive number of calls of update_; got {every!r}.")
-        calls = self._training(model).calls
-        due = calls > 0 and calls % every == 0
+        session = self._training(model)
+        turn = session.place.attempt.number, session.calls
+        due = session.calls > 0 and session.calls % every == 0 and turn != self._reset_at
         if due:
             self.switch_(model, sigma_rel, optimizer=optimizer, masters=masters)
+            self._reset_at = turn
         return due
 
     @abstractmethod

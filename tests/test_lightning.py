@@ -1,5 +1,6 @@
 """The Lightning callback on the real Trainer: its run is the one of a plain loop, bit for bit, resumed or not."""
 
+import pickle
 import sys
 import threading
 from collections.abc import Iterator
@@ -304,6 +305,24 @@ def test_fit_may_be_called_again_as_it_is(tmp_path: Path, job: ModuleType) -> No
     assert {t for t, _ in stored(tmp_path / "run")} == {4, 6, 9, 13}  # calls are counted on from the snapshot
 
 
+def test_a_checkpoint_that_a_fit_did_not_go_on_from_is_forgotten(tmp_path: Path, job: ModuleType) -> None:
+    class BreakingNet(job.Net):  # type: ignore[name-defined,misc]
+        def validation_step(self, *_: object) -> None:
+            raise job.Interruption
+
+    trainer = job.trainer(str(tmp_path), "one", job.Averages(str(tmp_path / "old")), max_epochs=1)
+    trainer.fit(job.Net())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    averages = job.Averages(str(tmp_path / "run"))
+    with pytest.raises(job.Interruption):  # in the sanity check, before the first step
+        job.trainer(str(tmp_path), "one", averages, limit_val_batches=1).fit(
+            BreakingNet(), ckpt_path=tmp_path / "saved.ckpt"
+        )
+    trainer = job.trainer(str(tmp_path), "one", averages, max_epochs=1)
+    trainer.fit(job.Net())
+    assert averages.ema.t == trainer.global_step == job.PER_EPOCH
+
+
 def test_another_trainer_does_not_go_on_with_a_run_unasked(tmp_path: Path, job: ModuleType) -> None:
     averages = job.Averages(str(tmp_path / "run"))
     job.trainer(str(tmp_path), "one", averages, max_epochs=1).fit(job.Net())
@@ -374,6 +393,17 @@ def test_how_it_fares_is_logged(tmp_path: Path, job: ModuleType) -> None:
         (14, 14, 3),
     ]
     assert "phema_dist/last_error" not in seen[0][1]
+
+
+def test_nothing_is_logged_where_the_trainer_never_logs(tmp_path: Path, job: ModuleType) -> None:
+    logger = job.Recorder()
+    averages = job.Averages(str(tmp_path / "run"))
+    job.trainer(str(tmp_path), "one", averages, logger=logger, log_every_n_steps=0, max_epochs=1).fit(job.Net())
+    assert not any("phema_dist/t" in metrics for _, metrics in logger.seen)
+
+
+def test_a_callback_travels_to_processes_that_are_spawned(job: ModuleType) -> None:
+    assert pickle.dumps(job.PostHocEMACallback("run", evaluate_with=0.1))
 
 
 def test_what_from_model_does_not_have_is_refused_at_once(job: ModuleType) -> None:

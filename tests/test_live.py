@@ -611,6 +611,28 @@ def test_after_a_training_checkpoint_the_averages_are_those_that_it_brought(tmp_
             assert all(map(torch.equal, model.buffers(), buffers))
 
 
+@pytest.mark.parametrize(("first", "cadence"), [(0, {"update_every": 50}), (400_000, {})])
+def test_a_reset_keeps_the_steps_that_no_update_has_seen(first: int, cadence: dict[str, int], tmp_path: Path) -> None:
+    """Updates are rarer than resets here: by their cadence, or since the run is long."""
+    found = []
+    for name, settings in (("often", {"update_every": 1}), ("rarely", cadence)):
+        model = nn.Linear(1, 1, bias=False)
+        with torch.no_grad():
+            model.weight.zero_()
+        with PostHocEMA.from_model(model, tmp_path / name, sigma_rels=(0.001, 0.28), **settings) as ema:
+            for number in range(1, 101):
+                with torch.no_grad():
+                    model.weight.add_(1)
+                ema.update_(model, t=first + number)
+                before = model.weight.item()
+                if ema.reset_hare_(model, every=20):
+                    found.append(model.weight.item() - before)
+    often, rarely = found[:5], found[5:]
+    assert len(rarely) == 5
+    assert all(0 >= lost > -19.5 for lost in rarely)
+    assert first or often[0] == pytest.approx(rarely[0], abs=0.2)
+
+
 def test_resets_go_on_counting_in_a_resumed_run(tmp_path: Path) -> None:
     resets = []
     for last in (4, 12):
@@ -622,6 +644,22 @@ def test_resets_go_on_counting_in_a_resumed_run(tmp_path: Path) -> None:
                 if ema.reset_hare_(model, every=5):
                     resets.append(ema.t)
     assert resets == [5, 10]
+
+
+def test_a_reset_is_not_repeated_before_the_next_update(tmp_path: Path) -> None:
+    model = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    optimizers = [torch.optim.SGD(part.parameters(), lr=1.0) for part in model]
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        ema.attach(*optimizers)
+        for number in range(6):
+            before = model[0].weight.item()
+            for part, optimizer in zip(model, optimizers, strict=True):
+                part.weight.grad = -torch.ones(1, 1)
+                optimizer.step()
+                due = optimizer is optimizers[1] and number % 2 == 1
+                assert ema.reset_hare_(model, every=2, sigma_rel=0.05) is due
+                if part is model[0]:
+                    assert part.weight.item() > before + 0.5
 
 
 def test_what_is_tracked_needs_no_storage(tmp_path: Path) -> None:
@@ -860,6 +898,28 @@ def test_masters_in_the_state_of_an_optimizer_get_it_too(tmp_path: Path) -> None
     assert all(map(torch.equal, masters, average))
 
 
+class WithMasters(torch.optim.SGD):
+    """Has them where apex's FusedAdam(master_weights=True) has them."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__([{"params": list(model.parameters())} for model in models], lr=0.1)
+        self.param_groups_master = [
+            {"params": [p.detach().float() if p.dtype == torch.bfloat16 else None for p in group["params"]]}
+            for group in self.param_groups
+        ]
+
+
+def test_masters_beside_the_groups_of_an_optimizer_get_it_too_and_those_of_another_model_stay(tmp_path: Path) -> None:
+    model, other = low(), low()
+    optimizer = WithMasters(other, model, line())
+    for parameter in other.parameters():
+        optimizer.state[parameter] = {"master_param": parameter.detach().float()}
+    mine, theirs = (optimizer.param_groups_master[i]["params"] for i in (1, 0))
+    average = switched(model, tmp_path, optimizer)
+    assert all(map(torch.equal, mine, average))
+    assert all(torch.equal(m, p.float()) for m, p in zip(theirs, other.parameters(), strict=True))
+
+
 def test_an_optimizer_of_the_models_own_parameters_needs_nothing(tmp_path: Path) -> None:
     for i, model in enumerate((line(), low())):
         other = nn.Linear(2, 2)
@@ -934,6 +994,34 @@ def test_masters_of_shards_get_their_part(in_state: bool, tmp_path: Path) -> Non
     run(2, shard_masters, str(tmp_path), in_state)
 
 
+def flat_masters(folder: str, in_state: bool, use_orig_params: bool) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 1)).bfloat16()
+    model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    with PostHocEMA.from_model(model, folder, update_every=1) as ema:
+        averaged(model, ema)
+        masters = by_parameter(model)
+        optimizer = torch.optim.SGD(masters if in_state else masters.values(), lr=0.1)
+        if in_state:
+            for parameter, master in masters.items():
+                optimizer.state[parameter] = {"master_param": master}
+        ema.switch_(model, 0.05, optimizer=optimizer, masters=None if in_state else masters)
+    dist.barrier()
+    (stored,) = synthesize(folder, [0.05])
+    wanted = torch.cat([stored.state_dict[name].flatten() for name in stored.state_dict])
+    for mine, of in ((list(masters.values()), wanted), (list(masters), wanted.bfloat16())):
+        parts: list[Any] = [None] * dist.get_world_size()  # end to end, and padded at the end
+        dist.all_gather_object(parts, torch.cat([tensor.detach() for tensor in mine]))
+        assert torch.equal(torch.cat(parts)[: of.numel()], of)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("in_state", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_masters_of_a_flat_parameter_get_their_parts(in_state: bool, use_orig_params: bool, tmp_path: Path) -> None:
+    run(2, flat_masters, str(tmp_path), in_state, use_orig_params)
+
+
 def in_state(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model[0].bias] = {"master_param": change(model[0].bias.detach().float())}
@@ -961,6 +1049,10 @@ WRONG: dict[str, tuple[str, Callable[[nn.Module], dict[str, Any]]]] = {
     "in its state, of another shape": ("'master_param'.* of its shape", lambda model: in_state(model, lambda m: m[:1])),
     "none is named": (r"and not on 0\.weight, of bfloat16", lambda model: stepping_on(model, by_parameter(model))),
     "one is not named": (r"and not on 1\.bias, of", lambda model: stepping_on(model, by_parameter(model), 3)),
+    "one is missing": (
+        r"has masters of other parameters, and none of 1\.bias, of",  # as zip may leave it
+        lambda model: {"masters": dict(list(by_parameter(model).items())[:3])},
+    ),
     "a flat one": (
         "1 float32 tensors that are not the model's",
         lambda model: stepping_on(model, {model[0].bias: torch.cat([m.detach().flatten() for m in masters_of(model)])}),

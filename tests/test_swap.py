@@ -1,6 +1,6 @@
 """Other values in a live model for a while: the same object in eval mode inside, and its own bits afterwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -141,6 +141,68 @@ def test_blocks_may_be_nested_and_repeated(tmp_path: Path) -> None:
         assert_same_bits(model, long)
     assert_same_bits(model, before)
     ema.close()
+
+
+def test_blocks_that_are_left_in_another_order_leave_no_trace_either(tmp_path: Path) -> None:
+    model, ema = trained(tmp_path)
+    before = everything(model)
+
+    def losses(sigma_rel: float) -> Iterator[float]:
+        with ema.model(model, sigma_rel):
+            for x in torch.ones(3, 5, 3):
+                yield model(x).sum().item()
+
+    assert len(list(zip(losses(0.28), losses(0.05), losses(0.1), strict=False))) == 3  # the first is left first
+    assert_same_bits(model, before)
+    assert all(module.training for module in model.modules())
+    ema.update_(model)
+    ema.close()
+
+
+class Merging(nn.Linear):
+    """Merges its two factors into its weight in eval mode, as LoRA does."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3, bias=False)
+        self.a, self.b = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.ones(3, 1))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (self.b @ self.a) * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (0 if self.merged else x @ self.a.T @ self.b.T)
+
+
+@pytest.mark.parametrize("only_save_diff", [True, False])
+@pytest.mark.parametrize("evaluating", [True, False])
+def test_what_a_module_merges_to_evaluate_is_the_average(
+    only_save_diff: bool, evaluating: bool, tmp_path: Path
+) -> None:
+    model, x = nn.Sequential(Merging()), torch.ones(1, 3)
+    model[0].weight.requires_grad_(not only_save_diff)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(9).view(3, 3))  # all sums are exact
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, only_save_diff=only_save_diff) as ema:
+        ema.update_(model)
+        average = model(x).detach()
+        with torch.no_grad():
+            model[0].a.add_(2)
+        model.train(not evaluating)
+        before, own = everything(model), model(x).detach()
+        for _ in range(2):
+            with ema.model(model, 0.28), torch.no_grad():
+                assert model[0].merged
+                assert torch.equal(model(x), average)
+            assert_same_bits(model, before)
+            assert torch.equal(model(x), own)
+            assert model[0].merged == evaluating
+        model.train()
+        assert torch.equal(model(x), own)
 
 
 def test_a_fresh_model_of_the_same_architecture_is_filled_from_a_run_that_is_only_read(tmp_path: Path) -> None:

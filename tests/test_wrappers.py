@@ -330,6 +330,7 @@ def evaluation(model: nn.Module, *, aborted: bool) -> Iterator[None]:
             for row in range(box.num_rows):  # as it comes from storage: in pieces
                 part = box.rows(row, row + 1)
                 write(tensor.info.fqn, part, cut(state[tensor.info.fqn], part))
+        model.eval()
         with torch.no_grad():
             found, exact = model(TOKENS), wanted(TOKENS)
         assert (found - exact).norm() < (0.03 if found.dtype == torch.bfloat16 else 1e-6) * exact.norm()

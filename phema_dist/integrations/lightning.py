@@ -106,13 +106,13 @@ class PostHocEMACallback(Callback):
         self._state: TrainingState | None = None  # of the latest fit, also when that has ended
         self._loaded: dict[str, Any] | None = None  # from the checkpoint that a fit goes on from
         self._entry = _ENTRY  # of this callback
-        self._trainer: Callable[[], Trainer] = lambda: None  # of the latest fit
+        self._trainer: Callable[[], Trainer] = _nobody  # of the latest fit
         self._average: ExitStack | None = None  # holds an average in the model
         self._error: PhemaError | None = None  # of the last snapshot
         self._logged = -1  # global step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find this callback's place among those of its kind.
+        """Find this callback's place among those of its kind, and forget what an earlier fit has not gone on from.
 
         Raises:
             SettingsError: two of them evaluate.
@@ -122,6 +122,7 @@ class PostHocEMACallback(Callback):
             raise SettingsError(
                 "only one PostHocEMACallback of a Trainer may have evaluate_with: a model holds one average at a time."
             )
+        self._loaded = None
         place = ours.index(self)
         self._entry = f"{_ENTRY}-{place}" if place else _ENTRY
 
@@ -150,8 +151,8 @@ class PostHocEMACallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Log `PostHocEMA.status`, as often as Lightning logs."""
-        step = trainer.global_step
-        if self.ema is not None and trainer.loggers and step != self._logged and step % trainer.log_every_n_steps == 0:
+        step, every = trainer.global_step, trainer.log_every_n_steps  # 0: never
+        if self.ema is not None and trainer.loggers and every and step % every == 0 and step != self._logged:
             self._logged = step
             scalars = {k: v for k, v in self.ema.status().items() if isinstance(v, int | float)}
             for logger in trainer.loggers:
@@ -260,6 +261,10 @@ class PostHocEMACallback(Callback):
             self._enter(trainer, average())
 
 
+def _nobody() -> None:
+    """No trainer; a lambda could not be sent to the processes of ddp_spawn."""
+
+
 @contextmanager
 def _saving_by(trainer: Trainer, save: Callable[..., None]) -> Iterator[None]:
     """Let `trainer.save_checkpoint` be this, for users, callbacks and signals."""
@@ -276,6 +281,7 @@ def _saving_by(trainer: Trainer, save: Callable[..., None]) -> Iterator[None]:
 
 def _copied(model: nn.Module, *, only_save_diff: bool) -> Callable[[], AbstractContextManager[None]]:
     """A block in which the model has what it has now, without communication."""
+    model.train()  # see swapped
     layout = read_layout(model, only_save_diff=only_save_diff)
     bring_back = keep(model, layout)  # the buffers, too: validation may count in them
 
@@ -284,6 +290,7 @@ def _copied(model: nn.Module, *, only_save_diff: bool) -> Callable[[], AbstractC
         with swapped(model, layout, ALONE):
             for each in bring_back:
                 each()
+            model.eval()
             torch.clear_autocast_cache()
             yield
 

@@ -209,8 +209,12 @@ class Session:
 
         Each rank skips for itself, and what they are to store together needs one t.
         """
-        behind = self._called and self.t - self._origin > self._last_time
-        if self._settings.on_busy == "skip" and behind and not holds_average(self._model):
+        if self._settings.on_busy == "skip" and not holds_average(self._model):
+            self.take_in(timeout)
+
+    def take_in(self, timeout: float | None = None) -> None:
+        """Make an update of the last call now, unless that has made one."""
+        if self._called and self.t - self._origin > self._last_time:
             # That the latest step was none does not matter: the parameters are what they are at this t.
             self._hand_over(None, self._skips if self._counted else None, timeout=timeout)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -45,52 +45,69 @@ def in_model(layout: Layout) -> list[Place]:
     return [(tensor, tensor.local) for tensor in layout.tensors]
 
 
-_lent: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many averages are in it, one over the other
+@dataclass(eq=False)
+class _Block:
+    """An average that is in a model for now, and the way back."""
+
+    modules: set[nn.Module]
+    way_back: list[Callable[[], object]]
+
+
+_blocks: list[_Block] = []  # in the order in which they were entered
 
 
 def holds_average(model: nn.Module) -> bool:
     """Whether the parameters of some module of it are an average for now, whoever put it there."""
-    return bool(_lent) and any(_lent.get(module) for module in model.modules())
+    return bool(_blocks) and any(not block.modules.isdisjoint(model.modules()) for block in _blocks)
 
 
 @contextmanager
 def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Write]:
-    """Put the model in eval mode and yield a function that writes a box of a tensor into this rank's storage.
+    """Yield a function that writes a box of a tensor into this rank's storage. Evaluate when all is written.
 
     On any exit the model gets back its parameters, all its buffers and every module's training flag. The own values
     wait in host memory, so the accelerator holds nothing more. Collective on the way in; the way back never is.
+
+    Parameters are exchanged in training mode: some modules (LoRA) merge others into them when they are to evaluate, and
+    take them out again when they are to train.
     """
     ranks.each(lambda: reshard(model))
     ranks.each(lambda: check_writable(layout))
-    give_back = ranks.each(lambda: keep(model, layout))
     flags = [(module, module.training) for module in model.modules()]
-    with _lent_out([module for module, _ in flags]):
-        try:
-            model.eval()
-            yield into(in_model(layout))
-        finally:
-            for module, flag in flags:
-                module.training = flag
-            _do_all(
-                [
-                    partial(reshard, model),  # or the root would go on with what it gathered from the average
-                    *give_back,
-                    torch.clear_autocast_cache,  # or a forward would go on with what it cast of the average
-                ]
-            )
-
-
-@contextmanager
-def _lent_out(modules: Sequence[nn.Module]) -> Iterator[None]:
-    for module in modules:
-        _lent[module] = _lent.get(module, 0) + 1
+    block = _Block({module for module, _ in flags}, [partial(_set_flags, flags)])
+    _blocks.append(block)
     try:
-        yield
+        model.train()
+        give_back = ranks.each(lambda: keep(model, layout))
+        block.way_back[:0] = [
+            model.train,
+            partial(reshard, model),  # or the root would go on with what it gathered from the average
+            *give_back,
+            torch.clear_autocast_cache,  # or a forward would go on with what it cast of the average
+        ]
+        yield into(in_model(layout))
     finally:
-        for module in modules:
-            _lent[module] -= 1
-            if not _lent[module]:
-                del _lent[module]
+        _leave(block)
+
+
+def _leave(block: _Block) -> None:
+    """Go back; a block that was entered later, and is not left yet, goes this way too, when it is."""
+    later = _blocks[_blocks.index(block) + 1 :]
+    _blocks.remove(block)
+    over = next((other for other in later if not other.modules.isdisjoint(block.modules)), None)
+    if over is None:
+        _do_all(block.way_back)
+    else:
+        over.modules |= block.modules
+        over.way_back += block.way_back
+
+
+def _set_flags(flags: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, flag in flags:
+        if module.training != flag:
+            module.train(flag)
+    for module, flag in flags:  # what that has set further in
+        module.training = flag
 
 
 def _do_all(steps: Iterable[Callable[[], object]]) -> None:
