@@ -25,7 +25,7 @@ _GOOD_NORM = 4.0  # of coefficients: above that they amplify rounding for an exa
 _INNER, _OUTER, _REACH = 7, 2, 1.25  # sigma_rels tried: in the range, and beyond each end, in such steps
 _SHORTEST = 1e-3  # below that the search takes minutes, and no number of snapshots is good
 _MOST_CALLS, _MOST_STEPS = 10**9, 2**53  # what can be followed in seconds, and counted exactly in float64
-_MOST_SNAPSHOTS = 2000  # ... which takes about 20 s
+_MOST_FOLLOWED = 2000  # snapshots that are taken: to see what retention keeps of them takes about 20 s
 _UPDATES_PER_AVERAGE = 500  # that the shortest average should hold at the end
 _LARGEST_UPDATE_EVERY = 10  # the default of from_model
 
@@ -226,9 +226,9 @@ def _check(
             f"a run must have at least {least} calls of update_; steps={steps} at {t_per_call} a call are {calls}. "
             "Make it longer, or update_every and checkpoint_every smaller."
         )
-    if checkpoint_every is not None and calls // checkpoint_every > _MOST_SNAPSHOTS:
+    if checkpoint_every is not None and calls // checkpoint_every > _MOST_FOLLOWED:
         raise SettingsError(
-            f"a plan follows what retention keeps of at most {_MOST_SNAPSHOTS} snapshots; checkpoint_every="
+            f"a plan follows what retention keeps of at most {_MOST_FOLLOWED} snapshots; checkpoint_every="
             f"{checkpoint_every} takes {calls // checkpoint_every}. Make it larger, or leave it out."
         )
 

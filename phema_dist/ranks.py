@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger("phema_dist")
 _SECONDS_TO_MEET, _POLL_SECONDS = 30.0, 0.0005
+_twins: WeakKeyDictionary[Any, dist.ProcessGroup] = WeakKeyDictionary()  # over gloo, of the same ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +138,7 @@ ALONE = Ranks(0, 1, None)
 def join(process_group: dist.ProcessGroup | None = None) -> Ranks:
     """Collective: this rank's place in `process_group` (None: the default group, or alone where there is none).
 
-    A group that cannot carry CPU objects (NCCL) gets a gloo twin of the same ranks.
+    A group that cannot carry CPU objects (NCCL) gets a gloo twin of the same ranks, once: it lives as long as the job.
 
     Raises:
         SettingsError: this rank is not in `process_group`.
@@ -150,9 +152,11 @@ def join(process_group: dist.ProcessGroup | None = None) -> Ranks:
     if size == 1:
         return ALONE
     if "gloo" not in dist.get_backend_config(group):
-        group = dist.new_group(
-            dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=process_group is not None
-        )
+        if group not in _twins:
+            _twins[group] = dist.new_group(
+                dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=process_group is not None
+            )
+        group = _twins[group]
     return Ranks(dist.get_rank(group), size, group)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,7 @@ class Power:
 
     def __post_init__(self) -> None:
         """Raise ProfileError unless such a profile exists."""
+        _make_python(self)
         sigma_rel_to_gamma(self.sigma_rel)
 
     def __str__(self) -> str:
@@ -65,6 +67,7 @@ class ConstantBeta:
 
     def __post_init__(self) -> None:
         """Raise ProfileError unless such a profile exists."""
+        _make_python(self)
         if not 0 < self.beta < 1:
             raise ProfileError(f"beta must lie in (0, 1); got {self.beta}.")
         if not 0 < self.every < math.inf:
@@ -88,6 +91,7 @@ class UniformTail:
 
     def __post_init__(self) -> None:
         """Raise ProfileError unless such a profile exists."""
+        _make_python(self)
         if not 0 < self.fraction <= 1:
             raise ProfileError(f"the fraction of training to average over must lie in (0, 1]; got {self.fraction}.")
 
@@ -275,6 +279,16 @@ def _mean_decay(a: Array, z: Array) -> Array:
 def _as_arrays(stored: Sequence[PowerProfile]) -> tuple[Array, Array]:
     gamma, t = np.array([[p.gamma, p.t] for p in stored], dtype=np.float64).reshape(-1, 2).T
     return gamma, t
+
+
+def as_python(number: Any) -> Any:
+    """Python's number for one of numpy or torch: it is to stand in the name of a file, or in JSON."""
+    return number.item() if hasattr(number, "item") else number
+
+
+def _make_python(target: Shape) -> None:
+    for name, value in vars(target).items():
+        object.__setattr__(target, name, as_python(value))
 
 
 def _at(t: int | None) -> str:

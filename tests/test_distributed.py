@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from phema_dist import PostHocEMA, synthesize
+from phema_dist.ranks import join
 from phema_dist.storage.run import open_run
 from phema_dist.storage.store import LocalStore, open_store
 
@@ -656,6 +658,23 @@ def test_pipeline_stages_need_names_of_their_own(tmp_path: Path) -> None:
 
 
 # -- groups
+
+
+def twins_of_a_group_without_gloo() -> None:
+    """Nothing here is NCCL; but the groups say that they are."""
+    groups = [None, dist.group.WORLD, dist.new_group([0, 1])]
+    num_groups = len(dist.distributed_c10d._world.pg_map)
+    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        for _ in range(3):
+            found = [join(group) for group in groups]
+            assert all(ranks.gather(ranks.rank) == [0, 1] for ranks in found)
+            assert found[0].group is found[1].group is not found[2].group
+            assert not {ranks.group for ranks in found} & set(groups)
+            assert len(dist.distributed_c10d._world.pg_map) == num_groups + 2
+
+
+def test_a_group_that_cannot_carry_objects_gets_one_twin() -> None:
+    run(2, twins_of_a_group_without_gloo)
 
 
 def two_of_four(folder: str) -> str:

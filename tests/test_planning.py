@@ -224,6 +224,13 @@ def test_a_good_plan_takes_no_more_than_it_needs_and_never_more_than_there_is() 
     assert frequent.bytes_in_all == frequent.snapshot_bytes * (frequent.max_checkpoints + 1) <= 30e9
 
 
+def test_where_two_sigma_rels_need_hundreds_of_snapshots_three_are_tracked() -> None:
+    chosen = plan(500_000, 10**9, sigma_rel_range=(0.01, 0.28))
+    assert (len(chosen.sigma_rels), chosen.max_checkpoints) == (3, len(chosen.ts))
+    assert len(chosen.ts) < 100
+    assert chosen.stop_error <= planning.GOOD_ERROR
+
+
 def test_what_is_given_is_not_chosen() -> None:
     chosen = plan(
         30_000, 1000, max_checkpoints=7, checkpoint_dtype="bf16", sigma_rels=(0.1, 0.05), update_every=3,

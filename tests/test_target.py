@@ -3,10 +3,12 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import mpmath
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,6 +113,16 @@ def test_what_is_no_average_is_refused(make: object, message: str) -> None:
 )
 def test_a_target_has_words_for_people_and_for_files(target: Target, words: str, name: str) -> None:
     assert (str(target), target.name) == (words, name)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_pythons_in_names(kind: Any) -> None:
+    every = kind(256) if kind is torch.tensor else np.int64(256)
+    targets = Power(kind(0.25)), ConstantBeta(kind(0.5), every), UniformTail(kind(0.5), t=np.int64(20))  # type: ignore[arg-type]
+    assert [target.name for target in targets] == ["sigma_rel-0.25", "beta-0.5-every-256", "tail-0.5-t20"]
+    assert str(targets[0]) == "sigma_rel=0.25"
+    assert targets[0] == Power(0.25)
+    assert hash(targets[0]) == hash(Power(0.25))
 
 
 def test_a_number_is_a_sigma_rel() -> None:

@@ -41,7 +41,6 @@ from phema_dist.selection.results import (
     Subject,
     finite,
     load_results,
-    replace_file,
     save_results,
     table,
 )
@@ -51,11 +50,11 @@ from phema_dist.storage.run import open_run
 from phema_dist.storage.store import open_store
 from phema_dist.synthesis.checkpoint import Form, divide, items_of
 from phema_dist.synthesis.consolidate import Progress, synthesize, write_checkpoints
-from phema_dist.synthesis.files import locked
+from phema_dist.synthesis.files import locked, write_file
 from phema_dist.synthesis.recipe import plan
 from phema_dist.synthesis.request import Request
 from phema_dist.synthesis.stream import MEMORY_BYTES
-from phema_dist.target import Power
+from phema_dist.target import Power, as_python
 
 if TYPE_CHECKING:
     from phema_dist.storage.run import Run
@@ -227,7 +226,7 @@ def _subject(run: Run, t: int | None, old: Results | None, evaluate: Evaluate | 
         end, newest = old.subject.t, run.newest(old.subject.t)  # there is none if this is another run
     else:
         newest = run.require_newest(t)
-        end = newest.t if t is None else t
+        end = newest.t if t is None else as_python(t)
     token = newest.manifests[0].token if newest else ""
     return Subject(token, end, _named(evaluate), str(form.dtype).removeprefix("torch."))
 
@@ -339,7 +338,7 @@ def _finish(job: _Job, results: Results, sigma_rels: Sequence[float]) -> Sweep:
         tidy(job.folder, results, [])
         if results.making:
             results = announce(job.folder, results, (), keep=False)
-        replace_file(job.folder / TABLE, f"{table(results)}\n".encode())
+        write_file(job.folder / TABLE, f"{table(results)}\n".encode(), replace=True)
         if best:
             draw(results, job.folder / PICTURE)
     return Sweep(results, tuple(sigma_rels), checkpoint)
