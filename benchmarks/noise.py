@@ -99,7 +99,7 @@ def report(folder: Path, last: Array) -> None:
         run = open_run(open_store(folder / name))
         held = np.array(stored_averages(run))
         profiles = [PowerProfile(sigma_rel, s.t) for sigma_rel in run.info.sigma_rels for s in run.complete]
-        noise = noise_of(run, run.complete, run.complete[-1].t)
+        noise = noise_of(run, run.complete[-1].t)
         assert noise is not None
         for target in TARGETS:
             exact, aim = wanted[target], PowerProfile(target, run.complete[-1].t)
@@ -118,7 +118,7 @@ def report(folder: Path, last: Array) -> None:
                 chosen[profiles.index(PowerProfile(term.sigma_rel, term.snapshot.t))] = term.coefficient
             rounded = torch.tensor(exact).to(dtype).double().numpy()
             moved, certified = 100 * np.sqrt(np.mean((last - exact) ** 2)) / size, recipe.certificate
-            promised = 100 * noise.judge(profiles, plain, [aim])[0][0]
+            promised = 100 * noise.judge(plain, [aim])[0][0]
             print(
                 f"| {name} | {target:.2f} | {moved:.2f} / {100 * (certified.movement or 0):.2f} "
                 f"| {off(plain[:, 0]):.2g} / {promised:.2g} "

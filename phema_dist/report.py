@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from phema_dist.legacy import OneStepProfile, spread
 from phema_dist.prediction import in_percent, in_units
-from phema_dist.profile import UpdateHistory
 
 if TYPE_CHECKING:
     from phema_dist.storage.gc import Garbage
@@ -45,7 +44,7 @@ def imported(run: Run) -> str:
     if origin is None or not run.complete:
         return "imported, and nothing is complete yet"
     newest = run.complete[-1]
-    times = UpdateHistory(newest.manifests[0].updates).times()
+    times = run.update_times
     really = []
     for sigma_rel in run.info.sigma_rels:
         masses = OneStepProfile(sigma_rel, newest.t - run.info.origin).masses(times)

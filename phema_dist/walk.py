@@ -3,12 +3,10 @@
 Model: in the time w_j before update j, each element of the parameters moves by an independent increment of variance
 v_j w_j. An average holds a share S_j of that increment: the mass that its profile has from update j on. So two averages
 with shares S and Q differ by sum_j v_j w_j (S_j - Q_j)^2, mean square over the elements; for dense updates and a
-constant v that is
-v times the integral of (P - Q)^2,
-where P and Q are the cumulated profiles: for two power profiles with a = gamma + 1 and
-b that end at t, 2 (a - b)^2 t / ((2a + 1) (2b + 1) (a + b + 1)). A synthesis errs by sum_j v_j w_j R_j^2, where
-R = sum_i x_i S_i - S_target, and by the rounding of what is stored, sum_i x_i^2 s_i^2. v changes as the learning rate
-does; each snapshot tells of another while. Pure float64 arithmetic.
+constant v that is v times the integral of (P - Q)^2, where P and Q are the cumulated profiles: for two power profiles
+with a = gamma + 1 and b that end at t, 2 (a - b)^2 t / ((2a + 1) (2b + 1) (a + b + 1)). A synthesis errs by
+sum_j v_j w_j R_j^2, where R = sum_i x_i S_i - S_target, and by the rounding of what is stored, sum_i x_i^2 s_i^2. v
+changes as the learning rate does; each snapshot tells of another while. Pure float64 arithmetic.
 """
 
 from __future__ import annotations
@@ -65,7 +63,7 @@ def estimate(moved: Sequence[float], first: Sequence[Stored], last: Sequence[Sto
     return found
 
 
-def fit(stored: Sequence[Stored], targets: Sequence[Profile], times: Array, steps: Array, ridge: Array) -> Array:
+def fit(stored: Array, targets: Sequence[Profile], times: Array, steps: Array, ridge: Array) -> Array:
     """Coefficients [n, m] that minimise the expected error of the parameters, with sum one.
 
     It is the noise-aware counterpart of `profile.fit`: V |profile error|^2 + |s x|^2, where V is no number, but v times
@@ -74,22 +72,25 @@ def fit(stored: Sequence[Stored], targets: Sequence[Profile], times: Array, step
     16-bit average that benchmarks/noise.py solves for.
 
     Args:
-        stored: Profiles of the stored averages.
+        stored: [n, times], the `shares` of the stored averages.
         targets: What is wanted of them.
         times: Times of updates.
         steps: [times], mean square v w of the step before each.
         ridge: [n], mean square s^2 of the rounding of each stored average.
     """
     root = np.sqrt(steps)
-    have, wanted = shares(stored, times) * root, shares(targets, times) * root
+    have, wanted = stored * root, shares(targets, times) * root
     return constrained_least_squares(have @ have.T + np.diag(ridge), np.stack([have @ row for row in wanted], axis=1))
 
 
 def expected_errors(
-    stored: Sequence[Stored], x: Array, targets: Sequence[Profile], times: Array, steps: Array
+    stored: Array, x: Array, targets: Sequence[Profile], times: Array, steps: Array
 ) -> tuple[Array, Array]:
-    """Mean squares [m]: what a synthesis x [n, m] errs by, and what its target differs from the parameters by."""
+    """Mean squares [m]: what a synthesis x [n, m] errs by, and what its target differs from the parameters by.
+
+    `stored` are the `shares` [n, times] of the stored averages.
+    """
     wanted = shares(targets, times)
     begun = np.array([[target.t] for target in targets]) > times - np.diff(times, prepend=0.0)
-    residual = x.T @ shares(stored, times) - wanted
+    residual = x.T @ stored - wanted
     return np.sum(steps * residual**2, axis=1), np.sum(steps * (begun - wanted) ** 2, axis=1)

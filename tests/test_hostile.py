@@ -51,9 +51,10 @@ from phema_dist.storage.manifest import (
     manifest_name,
     to_json,
 )
-from phema_dist.storage.run import create_run, delete_snapshot, load_snapshots, open_run
+from phema_dist.storage.run import create_run, delete_snapshot, load_snapshots, newest_attempt, open_run
 from phema_dist.storage.snapshot import Image, encode_header, parse_header
 from phema_dist.storage.store import open_store
+from phema_dist.storage.verify import verify
 from phema_dist.synthesis.consolidate import empty_state, fill_states
 from phema_dist.synthesis.join import open_shards
 from phema_dist.synthesis.recipe import stored_recipe
@@ -475,6 +476,18 @@ def test_a_world_size_costs_nothing_to_claim() -> None:
     assert time.monotonic() - begin < SECONDS
 
 
+def test_a_huge_record_of_an_attempt_is_not_read_by_a_job_that_looks_for_others() -> None:
+    key = attempt_key(7)
+    with pytest.raises(RunError, match=f"bucket/{key} must have at most [0-9]+ bytes"):
+        newest_attempt(Memory(original(), {key: 2**40}))
+
+
+def test_why_a_rank_has_nothing_to_give_is_one_line() -> None:
+    files = with_value(MANIFEST, ["refused"], "a\nb\x1b[31m" * 1000)
+    (note,) = verify(Memory(files)).notes
+    assert "rank 1 had nothing to give" in one_line(note.text)
+
+
 def test_parents_may_form_a_loop() -> None:
     files = attempts(parent=1)
     assert [s.t for s in open_run(Memory(files)).abandoned] == [2, 4]
@@ -560,6 +573,9 @@ def test_a_huge_object_is_not_read(key: str, caplog: pytest.LogCaptureFixture) -
     assert [s.t for s in run.complete] == ([2, 4, 6] if key == INDEX else [2, 6])
     if key == INDEX:
         assert f"{MIDDLE}: its index is not used" in caplog.text
+    (problem,) = verify(store).problems
+    assert problem.key == key
+    assert f"{key} must have at most" in problem.text
 
 
 def test_documents_of_a_big_run_are_within_the_limits() -> None:
@@ -575,8 +591,8 @@ def test_documents_of_a_big_run_are_within_the_limits() -> None:
     )
     history = tuple((10**6 + i, 1) for i in range(4096))
     manifest = Manifest(1, 10**9, 0, "x" * 16, 1023, 1024, 10**6, history, "F32", BLOCK_BYTES, files)
-    assert len(to_json(manifest)) < completeness._LARGEST_MANIFEST / 20
-    assert len(to_json(Index(1, (manifest,)))) * 1024 < 2 * completeness._LARGEST_INDEX  # with 1024 histories, not one
+    assert len(to_json(manifest)) < completeness.LARGEST_MANIFEST / 20
+    assert len(to_json(Index(1, (manifest,)))) * 1024 < 2 * completeness.LARGEST_INDEX  # with 1024 histories, not one
     odd = {**tensors, 'ä"\\' * 100: TensorFacts((2**20, 1, 1, 1), "F32", "buffer")}
     boxes = [(fqn, torch.bfloat16, Box((0,) * len(facts.shape), (0, *facts.shape[1:]))) for fqn, facts in odd.items()]
     allowed = largest_header(RunInfo(**{**info.__dict__, "tensors": odd}))
@@ -877,8 +893,8 @@ class Store:
 top, kind = Path(sys.argv[1]), sys.argv[2]
 files = {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.is_file()}
 key, size = {"run": ("run.json", run._LARGEST_INFO),
-             "manifest": (sys.argv[3], completeness._LARGEST_MANIFEST),
-             "index": (sys.argv[4], completeness._LARGEST_INDEX)}[kind]
+             "manifest": (sys.argv[3], completeness.LARGEST_MANIFEST),
+             "index": (sys.argv[4], completeness.LARGEST_INDEX)}[kind]
 part = sys.argv[5].encode()
 files[key] = b'{"a":[' + part * ((size - 20) // len(part)) + b"0]}"
 if kind == "manifest":

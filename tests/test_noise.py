@@ -142,7 +142,8 @@ def test_movement_that_decays_is_found_from_all_snapshots(power: int, rel: float
     assert found is not None
     assert (found >= 0).all()
     x, target = np.eye(40)[:, [19]], [PowerProfile(0.2, 2000)]
-    off, exact = (walk.expected_errors(pairs[0] + pairs[1], x, target, times, v)[1] for v in (found, true))
+    stored = walk.shares(pairs[0] + pairs[1], times)
+    off, exact = (walk.expected_errors(stored, x, target, times, v)[1] for v in (found, true))
     assert off == pytest.approx(exact, rel=rel)
 
 

@@ -118,12 +118,12 @@ def test_with_indexes_only_the_newest_snapshots_manifests_are_read(folder: Path)
     assert [s.folder for s in found.complete] == FOLDERS
     assert store.manifests == {FOLDERS[-1]}
     assert len([key for key in store.keys if key.endswith("index.json")]) == NUM_SNAPSHOTS - 1
-    assert found.indexed == set(FOLDERS[:-1])
+    assert found.indexed.keys() == set(FOLDERS[:-1])
 
     slow = without_index(folder)
     assert slow.complete == found.complete
     assert (slow.snapshots, slow.abandoned, slow.attempts) == (found.snapshots, found.abandoned, found.attempts)
-    assert slow.indexed == set()
+    assert not slow.indexed
     assert [r.terms for r in plan(slow, [0.15])] == [r.terms for r in plan(found, [0.15])]
 
 
@@ -148,7 +148,7 @@ def test_what_is_known_is_not_read_again_when_an_index_appears(folder: Path) -> 
     store.keys.clear()
     after = open_run(store, known)
     assert after.complete == before.complete
-    assert (store.keys, after.indexed) == (["run.json", "attempts/0.json"], {FOLDERS[0]})
+    assert (store.keys, list(after.indexed)) == (["run.json", "attempts/0.json"], [FOLDERS[0]])
 
     (folder / FOLDERS[1] / "sigma_rel-0.05/rank-00007.safetensors").unlink()
     store.keys.clear()

@@ -23,7 +23,7 @@ from phema_dist.plot.style import (
     panels,
 )
 from phema_dist.prediction import in_percent
-from phema_dist.profile import Array, PowerProfile, Profile, Stored, UpdateHistory, fit
+from phema_dist.profile import Array, PowerProfile, Profile, Stored, fit
 from phema_dist.target import Explicit, Power, resolve
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ def composed(run: Run, recipe: Recipe) -> Composition:
     factors = {(term.sigma_rel, term.snapshot.t): term.coefficient for term in recipe.terms}
     keys = [(sigma_rel, s.t) for sigma_rel in run.info.sigma_rels for s in run.complete if s.t <= recipe.t]
     of = OneStepProfile if run.info.imported else PowerProfile
-    updates = UpdateHistory(run.complete[-1].manifests[0].updates).times()
     error = "" if isinstance(recipe.target, Explicit) else f"profile error {in_percent(certificate.profile_error)}, "
     noise = f"rounding {in_percent(certificate.rounding_noise)}"
     return Composition(
@@ -84,7 +83,7 @@ def composed(run: Run, recipe: Recipe) -> Composition:
         coefficients=np.array([factors.get(key, 0.0) for key in keys]),
         target=None if isinstance(recipe.target, Explicit) else resolve(recipe.target, recipe.t - origin),
         t=recipe.t - origin,
-        times=updates,
+        times=run.update_times,
         origin=origin,
         t_unit=run.info.t_unit,
     )

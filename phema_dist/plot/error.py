@@ -22,7 +22,7 @@ from phema_dist.plot.style import (
     legend_above,
     panels,
 )
-from phema_dist.profile import MAX_SIGMA_REL, Array, PowerProfile, UpdateHistory, fit, sigma_rel_to_gamma
+from phema_dist.profile import MAX_SIGMA_REL, Array, PowerProfile, fit, sigma_rel_to_gamma
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ def snapshots_of(run: Run, t: int | None = None) -> Snapshots:
     if t is not None and t > run.complete[-1].t:
         raise SnapshotError(f"{run.store.url} has complete snapshots up to t={run.complete[-1].t}; got t={t}.")
     end = newest.t if t is None else t
-    times = UpdateHistory(run.complete[-1].manifests[0].updates).times() if run.info.imported else None
+    times = run.update_times if run.info.imported else None
     return Snapshots([s.t - origin for s in run.complete if s.t <= end], run.info.sigma_rels, end - origin, times)
 
 

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from phema_dist.errors import SettingsError
-from phema_dist.selection.results import Results, Subject, replace_file, save_results
+from phema_dist.selection.results import Results, Subject, save_results
 from phema_dist.storage.store import make_folder, sync_folder
-from phema_dist.synthesis.files import read_header, remove
+from phema_dist.synthesis.files import read_header, remove, write_file
 from phema_dist.target import Power
 
 _log = logging.getLogger("phema_dist")
@@ -177,4 +177,4 @@ def draw(results: Results, path: Path) -> None:
     except Exception as error:  # noqa: BLE001  no picture is worth a sweep, and matplotlib raises anything
         _log.warning("%s is not drawn: %s", path, error)
         return
-    replace_file(path, picture)
+    write_file(path, picture, replace=True)

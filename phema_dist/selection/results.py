@@ -11,7 +11,7 @@ from pathlib import Path
 from phema_dist.errors import SettingsError
 from phema_dist.prediction import in_percent
 from phema_dist.storage.manifest import from_json
-from phema_dist.synthesis.files import create, discard, publish
+from phema_dist.synthesis.files import write_file
 
 _REST = ("t", "evaluate", "dtype")  # of a Subject
 
@@ -113,16 +113,7 @@ def load_results(path: Path) -> Results | None:
 
 def save_results(results: Results, path: Path) -> None:
     """Write sweep.json: the whole old one or the whole new one is there, whatever happens."""
-    replace_file(path, json.dumps(asdict(results), indent=2, allow_nan=False).encode() + b"\n")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in the place of any old one, at once and durably."""
-    hidden, fd = create(path, content, len(content))
-    try:
-        publish(hidden, fd, path, replace=True)
-    finally:
-        discard(hidden, fd)
+    write_file(path, json.dumps(asdict(results), indent=2, allow_nan=False).encode() + b"\n", replace=True)
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -39,8 +39,8 @@ Sizes: TypeAlias = Mapping[str, Mapping[str, int]]  # by folder, of its files
 
 _log = logging.getLogger("phema_dist")
 SNAPSHOT = re.compile(r"([0-9]{12}|[1-9][0-9]{12,15})-a(0|[1-9][0-9]{0,14})")
-_LARGEST_MANIFEST = 16 << 20  # of 3 TiB on one rank
-_LARGEST_INDEX = 64 << 20  # of 12 TiB on all
+LARGEST_MANIFEST = 16 << 20  # of 3 TiB on one rank
+LARGEST_INDEX = 64 << 20  # of 12 TiB on all
 _AT_ONCE_BYTES = 64 << 20  # of documents, read together
 _MOST_UPDATES = 10_000_000  # of a history; it is unrolled to look at a recorded error
 _MANY_RANKS = 4096
@@ -75,7 +75,7 @@ def index_batches(store: Store, indexed: Mapping[str, int]) -> tuple[Iterator[li
     doubts = {
         folder: f"{store.describe(f'{folder}/{INDEX_NAME}')} has {num_bytes} bytes, which no index has"
         for folder, num_bytes in indexed.items()
-        if num_bytes > _LARGEST_INDEX
+        if num_bytes > LARGEST_INDEX
     }
     return batches({f"{folder}/{INDEX_NAME}": indexed[folder] for folder in indexed.keys() - doubts}), doubts
 
@@ -126,12 +126,12 @@ def _read_manifests(store: Store, attempts: Mapping[str, Attempt], sizes: Sizes,
     }
     parsed: dict[str, list[Manifest]] = {}
     for batch in batches(keys):
-        texts = store.get_many(key for key in batch if keys[key] <= _LARGEST_MANIFEST)
+        texts = store.get_many(key for key in batch if keys[key] <= LARGEST_MANIFEST)
         for key in batch:
             folder = key.rpartition("/")[0]
             if folder not in found:
                 try:
-                    check_size(store, key, keys[key], _LARGEST_MANIFEST)
+                    check_size(store, key, keys[key], LARGEST_MANIFEST)
                     manifest = from_json(Manifest, texts.pop(key), store.describe(key))
                     parsed.setdefault(folder, []).append(manifest)
                 except RunError as error:

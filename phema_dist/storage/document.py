@@ -186,6 +186,13 @@ def _plain(kind: Any, value: Any) -> Any:
     return value
 
 
+def counts(name: str, values: object) -> tuple[int, ...]:
+    """Whole numbers as they stand in a header, where true is no 1 and 2.0 is no 2. Raises ValueError."""
+    if type(values) is not list or not all(type(value) is int and 0 <= value < EXACT for value in values):
+        raise ValueError(f"{shown(name)} has numbers that are none, negative or too large")
+    return tuple(values)
+
+
 def shown(value: Any, *, quoted: bool = True) -> str:
     """A value for a message: short, on one line, and whatever it is."""
     if isinstance(value, list | tuple | dict):

@@ -20,7 +20,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from phema_dist.errors import KeyExistsError, KeyMissingError, LayoutError, RunError, SettingsError, SnapshotError
-from phema_dist.profile import MAX_SIGMA_REL
+from phema_dist.profile import MAX_SIGMA_REL, Array, UpdateHistory
 from phema_dist.storage.completeness import (
     SNAPSHOT,
     Bounds,
@@ -93,7 +93,7 @@ class Run:
     snapshots: tuple[Snapshot, ...]  # that the newest attempt builds on, by t; incomplete ones too
     abandoned: tuple[Snapshot, ...]  # of older attempts, later than the t that a newer one continued from
     pins: frozenset[int] = field(default=frozenset())
-    indexed: frozenset[str] = field(default=frozenset())  # folders of snapshots that have an index
+    indexed: Mapping[str, int] = field(default_factory=dict)  # folders of snapshots that have an index, and its bytes
 
     @property
     def next_attempt(self) -> int:
@@ -105,6 +105,11 @@ class Run:
     def complete(self) -> tuple[Snapshot, ...]:
         """The complete snapshots, by t."""
         return tuple(s for s in self.snapshots if s.problem is None)
+
+    @cached_property
+    def update_times(self) -> Array:
+        """Of all updates up to the newest complete snapshot, counted from the origin."""
+        return UpdateHistory(self.complete[-1].manifests[0].updates).times()
 
     def newest(self, t: int | None = None) -> Snapshot | None:
         """The newest complete snapshot, at or before t if given."""
@@ -227,11 +232,13 @@ def start_attempt(store: Store, world_size: int, number: int, parent: int | None
 
 def newest_attempt(store: Store) -> Attempt | None:
     """The attempt with the highest number, None before the first."""
-    found = (_ATTEMPT.fullmatch(key) for key in store.list("attempts"))
-    number = max((int(match[1]) for match in found if match), default=None)
+    sizes = store.list("attempts")
+    number = max((int(match[1]) for match in map(_ATTEMPT.fullmatch, sizes) if match), default=None)
     if number is None:
         return None
-    (attempt,) = _parse_attempts(store, {attempt_key(number): store.get(attempt_key(number))})
+    key = attempt_key(number)
+    check_size(store, key, sizes[key], _LARGEST_ATTEMPT)
+    (attempt,) = _parse_attempts(store, {key: store.get(key)})
     return attempt
 
 
@@ -301,7 +308,7 @@ def _read_run(store: Store, listing: Mapping[str, int], known: Known) -> Run | N
         tuple(s for s in snapshots if s.t <= limits.get(s.attempt, -1)),
         tuple(s for s in snapshots if s.t > limits.get(s.attempt, -1)),
         pins_among(others),
-        frozenset(indexed),
+        indexed,
     )
 
 

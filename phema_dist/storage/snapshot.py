@@ -19,7 +19,7 @@ import xxhash
 
 from phema_dist.errors import SnapshotError
 from phema_dist.shard import Box, intersect, whole
-from phema_dist.storage.document import EXACT, parse_json, shown
+from phema_dist.storage.document import counts, parse_json, shown
 from phema_dist.storage.manifest import (
     BLOCK_BYTES,
     PARAMETER,
@@ -176,17 +176,8 @@ def _parse_entries(header: bytes) -> list[Entry]:
 def _entry(fqn: str, facts: Mapping[str, object], offsets: object) -> Entry:
     if facts.keys() != {"dtype", "shape", "data_offsets"} or facts["dtype"] not in DTYPE_NAMES.values():
         raise ValueError(f"{shown(fqn)} has other facts than a dtype, a shape and data_offsets")
-    start, stop = _counts(fqn, facts["data_offsets"])
-    return Entry(
-        fqn, DTYPES[str(facts["dtype"])], Box(_counts(fqn, offsets), _counts(fqn, facts["shape"])), start, stop
-    )
-
-
-def _counts(fqn: str, values: object) -> tuple[int, ...]:
-    """Whole numbers as they stand in a header, where true is no 1 and 2.0 is no 2."""
-    if type(values) is not list or not all(type(value) is int and 0 <= value < EXACT for value in values):
-        raise ValueError(f"{shown(fqn)} has numbers that are none, negative or too large")
-    return tuple(values)
+    start, stop = counts(fqn, facts["data_offsets"])
+    return Entry(fqn, DTYPES[str(facts["dtype"])], Box(counts(fqn, offsets), counts(fqn, facts["shape"])), start, stop)
 
 
 def _check_entries(entries: Sequence[Entry], file: ShardFile, run: RunInfo) -> None:

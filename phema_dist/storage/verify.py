@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from phema_dist.errors import RunError
-from phema_dist.storage.manifest import INDEX_NAME, RUN_KEY, Index, Manifest, from_json, manifest_name
+from phema_dist.storage.completeness import (
+    LARGEST_INDEX,
+    LARGEST_MANIFEST,
+    batches,
+    check_size,
+    manifest_names,
+    t_and_attempt,
+)
+from phema_dist.storage.document import one_line
+from phema_dist.storage.manifest import INDEX_NAME, RUN_KEY, Index, Manifest, from_json
 from phema_dist.storage.run import open_run
 from phema_dist.storage.scan import File, Finding, Progress, Scan
 
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
     from phema_dist.storage.run import Known, Run, Snapshot
     from phema_dist.storage.store import Store
 
+Document: TypeAlias = Manifest | Index | RunError  # parsed, or what is wrong with it
 _LOOKS = 5  # at what changes while we look
 _MOST_HEADER_BYTES = 100 << 20  # a limit of safetensors
 
@@ -103,10 +113,7 @@ def _check(run: Run, known: Known, folders: Sequence[str], scan: Scan) -> dict[s
             whole[folder] = attempts[snapshot.attempt]
         else:
             findings[folder] = [_incomplete(run, known, snapshot)]
-    documents = scan.store.get_many(
-        (f"{folder}/{name}" for folder, attempt in whole.items() for name in _documents(run, folder, attempt)),
-        absent_ok=True,
-    )
+    documents = _read_documents(run, known, whole)
     manifests = {}
     for folder, attempt in whole.items():
         findings[folder] = []
@@ -136,26 +143,41 @@ def _incomplete(run: Run, known: Known, snapshot: Snapshot) -> Finding:
     return Finding(folder, f"{text}.", is_note=snapshot.unfinished)
 
 
-def _documents(run: Run, folder: str, attempt: Attempt) -> list[str]:
-    names = [manifest_name(rank, attempt.world_size) for rank in range(attempt.world_size)]
-    return [*names, INDEX_NAME] if folder in run.indexed else names
+def _read_documents(run: Run, known: Known, attempts: Mapping[str, Attempt]) -> dict[str, Document]:
+    """The manifests and indexes of these folders, by key: what they say, or why that is nothing."""
+    sizes = {
+        f"{folder}/{name}": known[folder][0].get(name, 0)
+        for folder, attempt in attempts.items()
+        for name in manifest_names(attempt.world_size)
+    }
+    sizes |= {f"{folder}/{INDEX_NAME}": run.indexed[folder] for folder in attempts if folder in run.indexed}
+    most = {key: LARGEST_INDEX if key.endswith(INDEX_NAME) else LARGEST_MANIFEST for key in sizes}
+    found: dict[str, Document] = {}
+    for batch in batches(sizes):
+        texts = run.store.get_many((key for key in batch if sizes[key] <= most[key]), absent_ok=True)
+        for key in batch:
+            kind: type[Any] = Index if key.endswith(INDEX_NAME) else Manifest
+            try:
+                check_size(run.store, key, sizes[key], most[key])
+                if key in texts:
+                    found[key] = from_json(kind, texts.pop(key), key)
+            except RunError as error:
+                found[key] = error
+    return found
 
 
 def _check_documents(
-    folder: str, attempt: Attempt, documents: Mapping[str, bytes], findings: list[Finding]
+    folder: str, attempt: Attempt, documents: Mapping[str, Document], findings: list[Finding]
 ) -> Iterator[Manifest]:
     """The manifests of a snapshot that are what they should be."""
-    t = int(folder.partition("/")[2].partition("-")[0])
+    t, _ = t_and_attempt(folder)
     manifests: list[Manifest] = []
-    for rank in range(attempt.world_size):
-        key = f"{folder}/{manifest_name(rank, attempt.world_size)}"
-        if key not in documents:
-            findings.append(Finding(key, f"{key} is gone.", rank))
-            continue
-        try:
-            manifest = from_json(Manifest, documents[key], key)
-        except RunError as error:
-            findings.append(Finding(key, f"{error} Rank {rank} wrote it.", rank))
+    for rank, name in enumerate(manifest_names(attempt.world_size)):
+        key = f"{folder}/{name}"
+        manifest = documents.get(key)
+        if not isinstance(manifest, Manifest):
+            text = f"{key} is gone." if manifest is None else f"{manifest} Rank {rank} wrote it."
+            findings.append(Finding(key, text, rank))
             continue
         if (manifest.token, manifest.rank, manifest.t, manifest.attempt) != (attempt.token, rank, t, attempt.number):
             what = f"of rank {manifest.rank} at t={manifest.t}, attempt {manifest.attempt}, token {manifest.token}"
@@ -163,19 +185,17 @@ def _check_documents(
             findings.append(Finding(key, text, rank))
             continue
         if manifest.refused is not None:
-            text = f"{folder} is incomplete: rank {rank} had nothing to give: {manifest.refused}."
+            text = f"{folder} is incomplete: rank {rank} had nothing to give: {one_line(manifest.refused)}."
             findings.append(Finding(folder, text, rank, is_note=True))
         manifests.append(manifest)
     yield from manifests
     key = f"{folder}/{INDEX_NAME}"
-    if key in documents and len(manifests) == attempt.world_size:
-        try:
-            same = from_json(Index, documents[key], key).manifests == tuple(manifests)
-        except RunError as error:
-            findings.append(Finding(key, str(error)))
-        else:
-            if not same:
-                findings.append(Finding(key, f"{key} is not what the manifests are that it should repeat."))
+    index = documents.get(key)
+    if index is not None and len(manifests) == attempt.world_size:
+        if isinstance(index, RunError):
+            findings.append(Finding(key, str(index)))
+        elif index != Index(index.format, tuple(manifests)):
+            findings.append(Finding(key, f"{key} is not what the manifests are that it should repeat."))
 
 
 def _check_sizes(
@@ -209,6 +229,6 @@ def _strays(
     """Files that nobody named. They harm no reader, but somebody put them there."""
     if len(manifests) == attempt.world_size:
         named = {facts.name for manifest in manifests for facts in manifest.files}
-        named |= {manifest_name(rank, attempt.world_size) for rank in range(attempt.world_size)}
+        named.update(manifest_names(attempt.world_size))
         for name in sorted(sizes.keys() - named):
             yield Finding(f"{folder}/{name}", f"{folder}/{name} is named by no manifest.", is_note=True)

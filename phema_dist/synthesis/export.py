@@ -33,6 +33,7 @@ from phema_dist.synthesis.files import (
     remove,
     shared,
     write_box,
+    write_file,
 )
 from phema_dist.synthesis.tiles import cast
 
@@ -292,11 +293,7 @@ def _finish(outputs: Sequence[Output], missing: Sequence[Missing]) -> None:
     for output, todo in zip(outputs, missing, strict=True):
         if todo.index is not None:
             path = _index_path(output)
-            hidden, fd = create(path, todo.index, len(todo.index))
-            try:
-                publish(hidden, fd, path, replace=path in todo.replace)
-            finally:
-                discard(hidden, fd)
+            write_file(path, todo.index, replace=path in todo.replace)
         remove(todo.left_over)
 
 

@@ -113,6 +113,15 @@ def discard(hidden: Path, fd: int) -> None:
     os.close(fd)
 
 
+def write_file(path: Path, content: bytes, *, replace: bool) -> None:
+    """Write a whole file at once, durably; errors as `publish`."""
+    hidden, fd = create(path, content, len(content))
+    try:
+        publish(hidden, fd, path, replace=replace)
+    finally:
+        discard(hidden, fd)
+
+
 def remove(paths: Collection[Path]) -> None:
     """Delete files, durably."""
     for path in paths:

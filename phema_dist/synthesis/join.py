@@ -13,7 +13,7 @@ import torch
 
 from phema_dist.errors import LayoutError, RunError
 from phema_dist.shard import Box, check_exact_cover, flat_range_to_boxes, flat_span, intersect
-from phema_dist.storage.document import EXACT, LONGEST_NAME, one_line, parse_json, shown
+from phema_dist.storage.document import EXACT, LONGEST_NAME, counts, one_line, parse_json, shown
 from phema_dist.storage.snapshot import DTYPES
 from phema_dist.storage.store import LocalStore
 from phema_dist.synthesis.checkpoint import Form, Item, shard_name
@@ -146,10 +146,10 @@ def _read_shard(
     position = 0
     for name, shape in shard["shapes"].items():  # in the order of their data; tied names have the same data again
         entry = table[name]
-        item = Item(name, (name, *shard["tied"].get(name, ())), _counts(name, shape), DTYPES[entry["dtype"]])
+        item = Item(name, (name, *shard["tied"].get(name, ())), counts(name, shape), DTYPES[entry["dtype"]])
         if items.setdefault(name, item) != item:
             raise ValueError(f"{shown(name)} is another tensor in the files before")
-        box = Box(_counts(name, offsets[name]["saved_offsets"]), _counts(name, entry["shape"]))
+        box = Box(counts(name, offsets[name]["saved_offsets"]), counts(name, entry["shape"]))
         num_dims = len(item.shape)
         inner = (box.offsets[1:], box.sizes[1:]) == ((0,) * (num_dims - 1), item.shape[1:])
         if not inner or len(box.offsets) != num_dims or len(box.sizes) != num_dims:
@@ -169,13 +169,6 @@ def _read_shard(
 def _check_name(name: object) -> None:
     if type(name) is not str or not name.isprintable() or len(name) > LONGEST_NAME:
         raise ValueError(f"{shown(name)} is no name of a tensor")
-
-
-def _counts(name: str, values: object) -> tuple[int, ...]:
-    """Whole numbers as they stand in a header, where true is no 1 and 2.0 is no 2."""
-    if type(values) is not list or not all(type(value) is int and 0 <= value < EXACT for value in values):
-        raise ValueError(f"{shown(name)} has numbers that are none, negative or too large")
-    return tuple(values)
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:

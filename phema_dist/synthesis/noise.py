@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from phema_dist import profile, walk
-from phema_dist.profile import Array, PowerProfile, Profile, Stored, UpdateHistory
+from phema_dist.profile import Array, PowerProfile, Profile, Stored
 from phema_dist.storage.snapshot import HALF_ULP
 
 if TYPE_CHECKING:
@@ -26,42 +27,49 @@ _LEAST = 1e-100  # of squares that are believed
 _COARSE = 2.0**-16  # a HALF_ULP above this is worth a solve of its own: float16 and bfloat16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Noise:
-    """What is known of the stored averages, in the order in which they are given."""
+    """What is known of stored averages, and of the parameters that they are of."""
 
-    steps: Array  # [times], mean square of what an element moves by before each update
+    stored: tuple[Stored, ...]
     roundings: Array  # [n], root mean square of an element's
     times: Array  # of updates
+    steps: Array  # [times], mean square of what an element moves by before each update
 
     @property
     def matters(self) -> bool:
         """Whether there is something stored in 16 bits; else coefficients are found as if there were no rounding."""
         return bool(np.any(self.roundings > _COARSE * math.sqrt(_ROUNDING)))
 
-    def with_more(self, number: int) -> Noise:
-        """The same, for so many further averages that are stored like the last one."""
-        return replace(self, roundings=np.append(self.roundings, np.full(number, self.roundings[-1])))
+    @cached_property
+    def _shares(self) -> Array:
+        return walk.shares(self.stored, self.times)
 
-    def fit(self, stored: Sequence[Stored], targets: Sequence[Profile]) -> tuple[Array, Array]:
+    def with_more(self, more: Sequence[Stored]) -> Noise:
+        """The same, with further averages that are stored like the last one."""
+        roundings = np.append(self.roundings, np.full(len(more), self.roundings[-1]))
+        return replace(self, stored=(*self.stored, *more), roundings=roundings)
+
+    def fit(self, targets: Sequence[Profile]) -> tuple[Array, Array]:
         """As `profile.fit`, but noise-aware."""
-        found = walk.fit(stored, targets, self.times, self.steps, self.roundings**2)
-        return profile.fit(stored, targets, found=found)
+        found = walk.fit(self._shares, targets, self.times, self.steps, self.roundings**2)
+        return profile.fit(self.stored, targets, found=found)
 
-    def judge(self, stored: Sequence[Stored], x: Array, targets: Sequence[Profile]) -> tuple[Array, Array]:
+    def judge(self, x: Array, targets: Sequence[Profile]) -> tuple[Array, Array]:
         """What a synthesis x [n, m] is expected to err by, and what its target is from the parameters, each [m]."""
-        errors, movements = walk.expected_errors(stored, x, targets, self.times, self.steps)
+        errors, movements = walk.expected_errors(self._shares, x, targets, self.times, self.steps)
         rounded = np.sum((self.roundings[:, None] * x) ** 2, axis=0)
         return np.sqrt(errors + rounded), np.sqrt(movements)
 
 
-def noise_of(run: Run, snapshots: Sequence[Snapshot], t: int) -> Noise | None:
-    """Of the first tracked averages of these complete snapshots, by t, then of the next; for targets that end at t.
+def noise_of(run: Run, t: int) -> Noise | None:
+    """Of the first tracked averages of the complete snapshots up to t, then of the next; for targets that end at t.
 
     None if the ranks of the newest one, which was perhaps written before any did, or is of parameters that do not move,
     have not measured how far they move; or of one tracked average, which does not tell.
     """
     origin, sigma_rels = run.info.origin, run.info.sigma_rels
+    snapshots = [s for s in run.complete if s.t <= t]
     known = [(s.t, *found) for s in snapshots if (found := _measured(s)) is not None]
     if not known or known[-1][0] != snapshots[-1].t or run.info.imported:
         return None
@@ -69,15 +77,15 @@ def noise_of(run: Run, snapshots: Sequence[Snapshot], t: int) -> Noise | None:
     moved = [way / size for _, _, way in known]
     if not all(map(_is_plausible, moved)):
         return None
-    times = UpdateHistory(run.complete[-1].manifests[0].updates).times()
-    times = walk.thinned(times[: np.searchsorted(times, t - origin) + 1])
+    times = walk.thinned(run.update_times[: np.searchsorted(run.update_times, t - origin) + 1])
     first, last = ([PowerProfile(sigma_rels[k], seen - origin) for seen, _, _ in known] for k in (0, -1))
     steps = walk.estimate(moved, first, last, times)
     if steps is None:
         return None
     sizes = {seen: mean / size for seen, mean, _ in known if _is_plausible(mean / size)}
     halves = [HALF_ULP[s.manifests[0].dtype] * math.sqrt(sizes.get(s.t, 1.0)) for s in snapshots]
-    return Noise(steps, np.tile(halves, len(sigma_rels)) * math.sqrt(_ROUNDING), times)
+    stored = tuple(PowerProfile(sigma_rel, s.t - origin) for sigma_rel in sigma_rels for s in snapshots)
+    return Noise(stored, np.tile(halves, len(sigma_rels)) * math.sqrt(_ROUNDING), times, steps)
 
 
 def _measured(snapshot: Snapshot) -> tuple[float, float] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from phema_dist import profile
 from phema_dist.errors import ProfileError, SnapshotError
 from phema_dist.legacy import OneStepProfile
 from phema_dist.prediction import in_percent
-from phema_dist.profile import Array, PowerProfile, Profile, Stored, UpdateHistory
+from phema_dist.profile import Array, PowerProfile, Profile, Stored
 from phema_dist.storage.snapshot import HALF_ULP
 from phema_dist.synthesis.noise import Noise, noise_of
 from phema_dist.synthesis.sums import BATCH
-from phema_dist.target import ConstantBeta, Explicit, Power, Shape, Target, as_target, neighbours, resolve
+from phema_dist.target import ConstantBeta, Explicit, Power, Shape, Target, as_python, as_target, neighbours, resolve
 from phema_dist.walk import GOOD_NOISE
 
 if TYPE_CHECKING:
@@ -138,10 +139,12 @@ def plan(
         SnapshotError: no complete snapshot at or before t, or none as late, or not one that was given a coefficient;
             if strict, one that cannot be used.
     """
+    t = as_python(t)
     snapshots = tuple(replace(s, problem=(unusable or {}).get(s.folder, s.problem)) for s in run.snapshots)
     run = replace(run, snapshots=snapshots)
     run.require_newest()
-    recipes = [_recipe(run, as_target(target), t) for target in targets]
+    noise = cache(partial(noise_of, run))  # most targets end at the same t
+    recipes = [_recipe(run, as_target(target), t, noise) for target in targets]
     problems = dict.fromkeys(
         problem for recipe in recipes for problem in recipe.certificate.left_out + recipe.certificate.ends_before
     )
@@ -208,7 +211,7 @@ def announce(recipes: Sequence[Recipe]) -> None:
         _log.warning("averages end at t=%d, before a snapshot that cannot be used, %s", t, later)
 
 
-def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
+def _recipe(run: Run, target: Target, t: int | None, noise_at: Callable[[int], Noise | None]) -> Recipe:
     """The recipe of one target, t being its end if it says none. Its recorded error is not known yet."""
     if isinstance(target, Explicit):
         return _given(run, target)
@@ -222,17 +225,17 @@ def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
             f"{f'Incomplete: {later}. ' if later else ''}Leave t out to have the newest."
         )
     usable = [s for s in run.complete if s.t <= t]
-    stored, noise = _averages(run, usable), noise_of(run, usable, t)
+    stored, noise = _averages(run, usable), noise_at(t)
     lost = [s for s in run.snapshots if s.problem and s.t <= t]
     profiles, aim = _profiles(run, stored), resolve(target, t - run.info.origin)
-    times = _times(run) if run.info.imported else None
+    times = run.update_times if run.info.imported else None
     roundings = np.array([_rounding(s) for _, s in stored])
     x, errors, aware = _fit(profiles, [aim], times, noise, roundings)
     terms, with_all = _terms(run, zip(stored, x[:, 0].tolist(), strict=True)), errors
     if lost:
         more = _profiles(run, _averages(run, lost))
         all_roundings = np.append(roundings, np.full(len(more), roundings[-1]))
-        with_all = _fit([*profiles, *more], [aim], times, noise and noise.with_more(len(more)), all_roundings)[1]
+        with_all = _fit([*profiles, *more], [aim], times, noise and noise.with_more(more), all_roundings)[1]
     certificate = replace(
         _certificate(terms),
         profile_error=float(errors[0]),
@@ -243,7 +246,7 @@ def _recipe(run: Run, target: Target, t: int | None) -> Recipe:
         bias_removed=target.beta ** (aim.t / target.every) if isinstance(target, ConstantBeta) else 0.0,
     )
     if noise is not None:
-        off, movement = noise.judge(profiles, x, [aim])
+        off, movement = noise.judge(x, [aim])
         certificate = replace(
             certificate, parameter_error=float(off[0]), movement=float(movement[0]), noise_aware=bool(aware[0])
         )
@@ -259,10 +262,10 @@ def _fit(
     x, errors = profile.fit(stored, aims, times)
     if not (noise and noise.matters):
         return x, errors, np.zeros(len(aims), dtype=bool)
-    other, other_errors = noise.fit(stored, aims)
+    other, other_errors = noise.fit(aims)
     # What was measured is of all tensors together: where least squares are good for each, that must be of clear use.
     quiet = np.linalg.norm(x * roundings[:, None], axis=0) <= GOOD_NOISE
-    useless = noise.judge(stored, other, aims)[0] > _CLEARLY * noise.judge(stored, x, aims)[0]
+    useless = noise.judge(other, aims)[0] > _CLEARLY * noise.judge(x, aims)[0]
     plain = quiet & ((other_errors > _POOR_ERROR) | (useless & (errors <= GOOD_ERROR))) & (x != other).any(axis=0)
     return np.where(plain, x, other), np.where(plain, errors, other_errors), ~plain
 
@@ -296,11 +299,6 @@ def _profiles(run: Run, averages: Sequence[tuple[float, Snapshot]]) -> Sequence[
     return [of(sigma_rel, s.t - run.info.origin) for sigma_rel, s in averages]
 
 
-def _times(run: Run) -> Array:
-    """Of all updates, counted from the origin."""
-    return UpdateHistory(run.complete[-1].manifests[0].updates).times()
-
-
 def _terms(run: Run, factors: Iterable[tuple[tuple[float, Snapshot], float]]) -> tuple[Term, ...]:
     """Batches are those of the run, not of what is made: so an average has the same bits beside any others."""
     batches = {s.folder: i // BATCH for i, s in enumerate(run.complete)}
@@ -322,7 +320,6 @@ def _certificate(terms: Sequence[Term]) -> Certificate:
 
 def _with_recorded_errors(run: Run, recipes: Sequence[Recipe]) -> list[Recipe]:
     """All at once: a stored average's share of each of many updates is worked out for all targets that use it."""
-    updates = _times(run)
     stored = _averages(run, run.complete)
     rows = {(sigma_rel, s.folder): row for row, (sigma_rel, s) in enumerate(stored)}
     found, aims = list(recipes), {}
@@ -333,7 +330,8 @@ def _with_recorded_errors(run: Run, recipes: Sequence[Recipe]) -> list[Recipe]:
             for term in recipe.terms:
                 x[rows[term.sigma_rel, term.snapshot.folder], k] = term.coefficient
     if aims:
-        errors = profile.recorded_errors(_profiles(run, stored), x[:, list(aims)], list(aims.values()), updates)
+        x, wanted = x[:, list(aims)], list(aims.values())
+        errors = profile.recorded_errors(_profiles(run, stored), x, wanted, run.update_times)
         for k, error in zip(aims, errors.tolist(), strict=True):
             found[k] = replace(recipes[k], certificate=replace(recipes[k].certificate, recorded_error=error))
     return found
@@ -356,7 +354,7 @@ def _suggestion(
         return ""
     x, errors, aware = _fit(profiles, aims, times, noise, roundings)
     if noise and aware.any():
-        off, movements = noise.judge(profiles, x, aims)
+        off, movements = noise.judge(x, aims)
         good = np.flatnonzero(np.logical_and.reduce([aware, off <= GOOD_SHARE * movements, errors <= _POOR_ERROR]))
         return f"{near[good[0]]} would be good (off by {in_percent(off[good[0]])})" if len(good) else ""
     noises = np.linalg.norm(x * roundings[:, None], axis=0)
