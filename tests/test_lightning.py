@@ -305,6 +305,12 @@ def test_fit_may_be_called_again_as_it_is(tmp_path: Path, job: ModuleType) -> No
     assert {t for t, _ in stored(tmp_path / "run")} == {4, 6, 9, 13}  # calls are counted on from the snapshot
 
 
+def test_before_a_fit_there_is_nothing_to_evaluate_with(tmp_path: Path, job: ModuleType) -> None:
+    averages = job.Averages(str(tmp_path / "run"), evaluate_with=0.28)
+    with pytest.raises(RunError, match="evaluate_with needs a run: fit before, or leave it out"):
+        job.trainer(str(tmp_path), "one", averages, limit_val_batches=1).validate(job.Net(), verbose=False)
+
+
 def test_a_checkpoint_that_a_fit_did_not_go_on_from_is_forgotten(tmp_path: Path, job: ModuleType) -> None:
     class BreakingNet(job.Net):  # type: ignore[name-defined,misc]
         def validation_step(self, *_: object) -> None:

@@ -159,6 +159,20 @@ def test_blocks_that_are_left_in_another_order_leave_no_trace_either(tmp_path: P
     ema.close()
 
 
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.double])
+def test_a_model_that_is_cast_in_the_block_comes_back_as_it_was(
+    change: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    model, ema = trained(tmp_path)
+    before, parameters = everything(model), list(model.parameters())
+    with ema.model(model, 0.28):
+        change(model)
+    assert_same_bits(model, before)
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+    ema.update_(model)
+    ema.close()
+
+
 class Merging(nn.Linear):
     """Merges its two factors into its weight in eval mode, as LoRA does."""
 

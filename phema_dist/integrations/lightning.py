@@ -185,7 +185,10 @@ class PostHocEMACallback(Callback):
         ema = self.ema
         if ema is None:
             reads = {name: self._settings[name] for name in _READS if name in self._settings}
-            ema = PostHocEMA.from_path(self._checkpoint_dir, **reads)
+            try:
+                ema = PostHocEMA.from_path(self._checkpoint_dir, **reads)
+            except RunError as error:
+                raise RunError(f"{error} evaluate_with needs a run: fit before, or leave it out.") from error
         if trainer.state.fn != "fit" and trainer.ckpt_path is not None and trainer.is_global_zero:
             _log.warning(
                 "the average of sigma_rel=%g at the newest snapshot of %s is evaluated, not one at the t of %s",

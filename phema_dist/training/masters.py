@@ -45,8 +45,8 @@ def find_masters(
         if not local.numel() or (not inside and origin is not _NAMED):
             continue
         parts = [(tensor, part) for tensor in inside if (part := _part(tensor, local, master)) is not None]
-        dtypes = {tensor.info.average_dtype for tensor, _ in parts}
-        if master.shape != local.shape or dtypes != {master.dtype}:
+        may_be = [{tensor.info.average_dtype, tensor.info.dtype} for tensor, _ in parts]  # or a copy on the host
+        if master.shape != local.shape or not parts or not all(master.dtype in dtypes for dtypes in may_be):
             raise SettingsError(
                 f"{origin} must hold, of a parameter of the run as it lies here, a float32 tensor of its shape; found "
                 f"{tuple(master.shape)}, {master.dtype}, of {'a' if inside else 'another'} parameter of shape "

@@ -14,6 +14,7 @@ from torch import nn
 from phema_dist.errors import LayoutError
 from phema_dist.memory import copied
 from phema_dist.shard import Box, intersect
+from phema_dist.training.parts import Registered
 from phema_dist.training.wrappers import reshard
 
 if TYPE_CHECKING:
@@ -151,14 +152,18 @@ def keep(model: nn.Module, layout: Layout) -> list[Callable[[], None]]:
         if buffer is not None
     ]
     return [
-        *(partial(_give_back, tensor, copied(tensor.local())) for tensor in parameters),
+        *(partial(_give_back, tensor, tensor.local().device, copied(tensor.local())) for tensor in parameters),
         *(partial(_give_buffer_back, *at, at[2].to("cpu", copy=True) if _is_plain(at[2]) else None) for at in buffers),
     ]
 
 
 @torch.no_grad()
-def _give_back(tensor: LocalTensor, own: torch.Tensor) -> None:
-    tensor.local().copy_(own)
+def _give_back(tensor: LocalTensor, where: torch.device, own: torch.Tensor) -> None:
+    now = tensor.part.current()
+    if isinstance(tensor.part, Registered) and now is not None and (now.dtype, now.device) != (own.dtype, where):
+        now.data = own.to(where)  # after model.half() or model.cpu() in the block
+    else:
+        tensor.local().copy_(own)
 
 
 @torch.no_grad()
