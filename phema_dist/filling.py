@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from phema_dist.storage.store import Store
     from phema_dist.synthesis.stream import Sink
     from phema_dist.training.session import Session
+    from phema_dist.training.swap import Place
 
 _PLACE = "ema.model or ema.switch_: all ranks must enter together, if the model is sharded or exchange=True"
 
@@ -92,8 +93,12 @@ class Average:
         """
         self._agree()
         layout = self._layout(model)
-        self.ranks.each(lambda: check_writable(layout))
-        also = self.ranks.each(lambda: find_masters(layout, optimizers, masters))
+
+        def begin() -> list[Place]:
+            check_writable(layout)
+            return find_masters(layout, optimizers, masters)
+
+        also = self.ranks.each(begin)
         if self.session is not None:
             self.ranks.each(self.session.take_in)  # or the steps since the last update would be lost
         shared, owned = self._present(layout) or self._read_parts(layout)

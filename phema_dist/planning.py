@@ -26,6 +26,7 @@ _INNER, _OUTER, _REACH = 7, 2, 1.25  # sigma_rels tried: in the range, and beyon
 _SHORTEST = 1e-3  # below that the search takes minutes, and no number of snapshots is good
 _MOST_CALLS, _MOST_STEPS = 10**9, 2**53  # what can be followed in seconds, and counted exactly in float64
 _MOST_FOLLOWED = 2000  # snapshots that are taken: to see what retention keeps of them takes about 20 s
+_MOST_KEPT = 1000  # that may be asked for
 _UPDATES_PER_AVERAGE = 500  # that the shortest average should hold at the end
 _LARGEST_UPDATE_EVERY = 10  # the default of from_model
 
@@ -212,8 +213,11 @@ def _check(
     for name, value in list(locals().items()):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise SettingsError(f"{name} must be an integer of at least 1; got {value!r}.")
-    if max_checkpoints == 1:
-        raise SettingsError("max_checkpoints must be at least 2; one snapshot makes only what is tracked. Got 1.")
+    if max_checkpoints is not None and not 2 <= max_checkpoints <= _MOST_KEPT:  # noqa: PLR2004
+        raise SettingsError(
+            "max_checkpoints must be at least 2, as one snapshot makes only what is tracked, and a plan takes minutes "
+            f"beyond {_MOST_KEPT}; got {max_checkpoints}."
+        )
     calls = steps // t_per_call
     if steps > _MOST_STEPS or calls > _MOST_CALLS:
         raise SettingsError(

@@ -21,6 +21,8 @@ from phema_dist.profile import sigma_rel_to_gamma
 from phema_dist.storage.run import open_run
 from phema_dist.storage.store import LocalStore, open_store
 from phema_dist.synthesis.recipe import plan
+from phema_dist.training import writer
+from phema_dist.training.policy import Place
 
 pytestmark = [
     # dcp says so whenever there is no process group.
@@ -170,6 +172,31 @@ def test_loading_hides_later_snapshots_and_keeps_earlier_ones(tmp_path: Path) ->
     for sigma_rel in (0.05, 0.12, 0.28):
         (one,), (other,) = synthesize(run_folder, [sigma_rel]), synthesize(tmp_path / "alone", [sigma_rel])
         assert_same(one.state_dict, other.state_dict)
+
+
+def test_after_loading_ranks_are_waited_for_where_that_was_in_vain_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[tuple[int, int]] = []
+
+    def look(place: Place, t: int) -> bool:
+        looked.append((place.attempt.number, t))
+        return place.attempt.number > 0  # another rank has lost its part of the first attempt's
+
+    monkeypatch.setattr(writer, "wait_until_complete", look)
+    model = nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as ema:
+        assert ema._session is not None
+        step_to(ema, model, 2)
+        state = ema.training_state.state_dict()
+        for attempt in range(2):
+            step_to(ema, model, 4)
+            for _ in range(2):
+                ema._session.writer.drain()
+                ema._session.writer.wait_for_others()
+            if not attempt:
+                ema.training_state.load_state_dict(state)
+    assert looked == [(0, 4), (1, 4), (1, 4)]
 
 
 def test_it_may_move_to_an_empty_folder(tmp_path: Path) -> None:

@@ -72,14 +72,18 @@ def swapped(model: nn.Module, layout: Layout, ranks: Ranks) -> Iterator[Write]:
     Parameters are exchanged in training mode: some modules (LoRA) merge others into them when they are to evaluate, and
     take them out again when they are to train.
     """
-    ranks.each(lambda: reshard(model))
-    ranks.each(lambda: check_writable(layout))
     flags = [(module, module.training) for module in model.modules()]
     block = _Block({module for module, _ in flags}, [partial(_set_flags, flags)])
     _blocks.append(block)
-    try:
+
+    def begin() -> list[Callable[[], None]]:
+        reshard(model)
+        check_writable(layout)
         model.train()
-        give_back = ranks.each(lambda: keep(model, layout))
+        return keep(model, layout)
+
+    try:
+        give_back = ranks.each(begin)
         block.way_back[:0] = [
             model.train,
             partial(reshard, model),  # or the root would go on with what it gathered from the average

@@ -177,7 +177,7 @@ class Writer:
     def go_on(self, place: Place) -> None:
         """Write as another attempt from now on; nothing may be queued."""
         self._place = self._storing.place = place
-        self._last, self._snapshot_t, self._storing.unstored, self._slot = None, 0, None, None
+        self._last, self._snapshot_t, self._storing.unstored, self._slot, self._in_vain = None, 0, None, None, None
         self.counts.no_steps, self.counts.last_complete, self.counts.last_written = 0, None, None
 
     @property
