@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from phema_dist.training.layout import Layout, LocalTensor
     from phema_dist.training.swap import Place
 
+_NAMED = "masters="
+
 
 def find_masters(
     layout: Layout, optimizers: Sequence[torch.optim.Optimizer], named: Mapping[torch.Tensor, torch.Tensor]
@@ -39,37 +41,35 @@ def find_masters(
     at = sorted((tensor.local().data_ptr(), i) for i, tensor in enumerate(tensors))
     places: list[Place] = []
     for origin, parameter, master in [*((_NAMED, *pair) for pair in named.items()), *_kept(optimizers)]:
-        local, master = _local(parameter), _local(master)  # noqa: PLW2901
+        local = _local(parameter)
         start, stop = (bisect_left(at, (local.data_ptr() + n, -1)) for n in (0, local.nbytes))
         inside = [tensors[i] for _, i in at[start:stop]]
-        if not local.numel() or (not inside and origin is not _NAMED):
-            continue
-        parts = [(tensor, part) for tensor in inside if (part := _part(tensor, local, master)) is not None]
-        may_be = [{tensor.info.average_dtype, tensor.info.dtype} for tensor, _ in parts]  # or a copy on the host
-        if master.shape != local.shape or not parts or not all(master.dtype in dtypes for dtypes in may_be):
-            raise SettingsError(
-                f"{origin} must hold, of a parameter of the run as it lies here, a float32 tensor of its shape; found "
-                f"{tuple(master.shape)}, {master.dtype}, of {'a' if inside else 'another'} parameter of shape "
-                f"{tuple(local.shape)}."
-            )
-        if not is_writable(master):
-            raise SettingsError(
-                f"{origin} holds a master of {parts[0][0].info.fqn} that cannot be written; it is an expanded tensor, "
-                "or was made in inference mode. Replace it by a clone."
-            )
-        places += parts
+        if inside or (local.numel() and origin is _NAMED):
+            places += _places(origin, inside, local, _local(master))
     _refuse_unnamed(layout, tensors, places, [_local(parameter) for _, parameter in _parameters(optimizers)], named)
     return places
 
 
-_NAMED = "masters="
+def _places(origin: str, inside: Sequence[LocalTensor], local: torch.Tensor, master: torch.Tensor) -> list[Place]:
+    """Where the tensors of the model that lie in what an optimizer has, `local`, lie in the master of that."""
+    parts = [(tensor, part) for tensor in inside if (part := _part(tensor, local, master)) is not None]
+    may_be = [{tensor.info.average_dtype, tensor.info.dtype} for tensor, _ in parts]  # or a copy on the host
+    if master.shape != local.shape or not parts or not all(master.dtype in dtypes for dtypes in may_be):
+        raise SettingsError(
+            f"{origin} must hold, of a parameter of the run as it lies here, a float32 tensor of its shape; found "
+            f"{tuple(master.shape)}, {master.dtype}, of {'a' if inside else 'another'} parameter of shape "
+            f"{tuple(local.shape)}."
+        )
+    if not is_writable(master):
+        raise SettingsError(
+            f"{origin} holds a master of {parts[0][0].info.fqn} that cannot be written; it is an expanded tensor, or "
+            "was made in inference mode. Replace it by a clone."
+        )
+    return parts
 
 
 def _part(tensor: LocalTensor, local: torch.Tensor, master: torch.Tensor) -> Callable[[], torch.Tensor] | None:
-    """Where a tensor of the model, which lies in what an optimizer has, lies in the master of that.
-
-    FSDP1 has many, or parts of one, end to end.
-    """
+    """As `_places`, of one tensor. FSDP1 has many, or parts of one, end to end."""
     mine = tensor.local()
     if (mine.data_ptr(), mine.shape) == (local.data_ptr(), local.shape):
         return master.detach  # the same storage
@@ -119,7 +119,7 @@ def _kept(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, to
 
 def _parameters(optimizers: Sequence[Any]) -> Iterator[tuple[Any, torch.Tensor]]:
     for optimizer in optimizers:
-        if not hasattr(optimizer, "param_groups"):
+        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
             raise SettingsError(
                 f"optimizer= takes a torch.optim.Optimizer, or several; got {type(optimizer).__name__}."
             )
