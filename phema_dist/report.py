@@ -11,6 +11,7 @@ from phema_dist.prediction import in_percent, in_units
 
 if TYPE_CHECKING:
     from phema_dist.storage.gc import Garbage
+    from phema_dist.storage.manifest import Attempt
     from phema_dist.storage.run import Run, Snapshot
     from phema_dist.storage.store import Store
     from phema_dist.storage.verify import Verdict
@@ -80,7 +81,7 @@ def _row(run: Run, snapshot: Snapshot) -> dict[str, Any]:
     state = f"incomplete: {snapshot.problem}" if snapshot.problem else "complete"
     if snapshot in run.abandoned and run.attempts:
         newest = run.attempts[-1]
-        state = f"hidden: the newest attempt, {newest.number}, went on from t={newest.t} of {newest.parent} ({state})"
+        state = f"hidden: the newest attempt, {newest.number}, {_origin(newest)} ({state})"
     return {
         "t": snapshot.t,
         "attempt": snapshot.attempt,
@@ -90,6 +91,10 @@ def _row(run: Run, snapshot: Snapshot) -> dict[str, Any]:
         "pinned": snapshot.t in run.pins,
         "state": state,
     }
+
+
+def _origin(attempt: Attempt) -> str:
+    return "began afresh" if attempt.parent is None else f"went on from t={attempt.t} of {attempt.parent}"
 
 
 def verdict(store: Store, found: Verdict) -> str:

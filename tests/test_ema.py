@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import threading
@@ -402,6 +403,23 @@ def test_a_moment_that_is_none_is_refused(resume: Any, tmp_path: Path) -> None:
         PostHocEMA.from_model(nn.Linear(2, 2), tmp_path / "run", resume=resume)
 
 
+def test_what_a_start_from_nothing_hides_stays_and_may_come_back(tmp_path: Path) -> None:
+    """As when the folder of the training checkpoints is lost, and a script takes that for a new run."""
+    model = trained(tmp_path, num_steps=30)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=10, resume=0) as ema:
+        for _ in range(40):
+            ema.update_(model)
+            ema._session.writer.drain()  # type: ignore[union-attr]
+    run = open_run(open_store(tmp_path))
+    assert [(s.t, s.attempt) for s in run.complete] == [(t, 1) for t in (10, 20, 30, 40)]
+    assert [s.t for s in run.abandoned] == [10, 20, 30]
+    (tmp_path / "attempts/1.json").unlink()
+    for folder in (tmp_path / "snapshots").glob("*-a1"):
+        shutil.rmtree(folder)
+    run = open_run(open_store(tmp_path))
+    assert ([(s.t, s.attempt) for s in run.complete], run.abandoned) == ([(t, 0) for t in (10, 20, 30)], ())
+
+
 def test_a_job_that_restarts_before_the_first_snapshot_begins_afresh(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -412,8 +430,8 @@ def test_a_job_that_restarts_before_the_first_snapshot_begins_afresh(
         (said,) = [record for record in caplog.records if "resume=3" in record.message]
         assert said.levelno == logging.INFO  # training_state may be loaded next
         assert said.message.endswith(
-            "resume=3: averaging begins afresh; the snapshots of before (t=10, 20, 30) are hidden, and deleted when "
-            "the run is beyond them"
+            "resume=3: averaging begins afresh; the snapshots of before (t=10, 20, 30) are hidden, until `phema gc "
+            "--abandoned` deletes them"
         )
         assert "the averages saw nothing of t=1 to 3, unless training_state is loaded" in caplog.text
         assert "going on from" not in caplog.text
@@ -423,7 +441,7 @@ def test_a_job_that_restarts_before_the_first_snapshot_begins_afresh(
             ema.update_(model)
     run = open_run(open_store(tmp_path / "run"))
     assert [(s.t, s.attempt) for s in run.complete] == [(13, 1), (20, 1)]
-    assert [s.t for s in run.abandoned] == [30]  # the run is not beyond it
+    assert [s.t for s in run.abandoned] == [10, 20, 30]  # of before it was begun afresh: somebody may want them back
     PostHocEMA.from_model(model, tmp_path / "run", resume=0).close()
     (said,) = [record for record in caplog.records if "resume=0" in record.message]
     assert said.levelno == logging.WARNING

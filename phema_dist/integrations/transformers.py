@@ -58,7 +58,7 @@ class PostHocEMACallback(TrainerCallback):
         Args:
             checkpoint_dir: where the run lives; not the trainer's output_dir, which is for training checkpoints.
             resume: also take over a run that is there when training begins at step 0, as a job does that was killed
-                before its first checkpoint. What the run has is hidden then, and deleted once the new one is beyond.
+                before its first checkpoint. What the run has is hidden then, until `phema gc --abandoned` deletes it.
             settings: all other arguments of `PostHocEMA.from_model`.
         """
         self._checkpoint_dir, self._resume, self._settings = checkpoint_dir, resume, settings

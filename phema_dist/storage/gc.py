@@ -110,7 +110,8 @@ def partials(run: Run) -> list[Snapshot]:
 def left_behind(run: Run, *, abandoned: bool = False) -> list[Snapshot]:
     """Hidden snapshots that a newer attempt has gone beyond with a complete one; or all of them.
 
-    Where the record of an attempt is lost, who went on from where is not known, and nothing is left behind.
+    Whole ones of before the run was begun afresh stay: who has lost a training checkpoint may want them back. Where the
+    record of an attempt is lost, who went on from where is not known, and nothing is left behind.
     """
     numbers = {attempt.number for attempt in run.attempts}
     if not all(a.parent is None or a.parent in numbers for a in run.attempts):
@@ -118,10 +119,22 @@ def left_behind(run: Run, *, abandoned: bool = False) -> list[Snapshot]:
     mine = [s.t for s in run.complete if s.attempt == run.attempts[-1].number]
     limit = float("inf") if abandoned else max(mine, default=0)
     hidden = [s for s in run.abandoned if s.attempt in numbers and s.t not in run.pins and s.t <= limit]
+    if not abandoned:
+        afresh = _begun_afresh(run)
+        hidden = [s for s in hidden if s.problem is not None or s.attempt >= afresh]
     if run.newest() is None:  # all that there is to go back to
         whole = [s for s in run.abandoned if s.problem is None]
         hidden = [s for s in hidden if s not in whole[-1:]]
     return hidden
+
+
+def _begun_afresh(run: Run) -> int:
+    """The attempt that the newest one goes back to, which went on from nothing."""
+    parents = {attempt.number: attempt.parent for attempt in run.attempts}
+    number = run.attempts[-1].number
+    while (parent := parents.pop(number, None)) is not None:
+        number = parent
+    return number
 
 
 def not_kept(run: Run, keep: int, t: int | None = None, retention: str = "best") -> list[Snapshot]:

@@ -57,7 +57,7 @@ def look(store: Store, ownership: Ownership, settings: Settings, *, resume: bool
         state = f"its newest complete snapshot is t={newest.t}" if newest else "without a complete snapshot so far"
         raise RunError(
             f"{store.url} holds a run already, {state}. Pass resume=True to go on with it"
-            + (", resume=<t> to go on from an earlier snapshot," if newest else ", delete it,")
+            + (", resume=<step of your model's own checkpoint> if it is not there," if newest else ", delete it,")
             + " or choose another checkpoint_dir."
         )
     check_sigma_rels(store, run.info, settings)
@@ -94,7 +94,7 @@ def _tell_what_is_lost(run: runs.Run, parent: Snapshot | None, *, resume: bool |
         _log.log(
             logging.WARNING if hidden and resume == 0 else logging.INFO,
             "%s: resume=%d: averaging begins afresh%s", url, resume,
-            f"; the snapshots of before (t={hidden}) are hidden, and deleted when the run is beyond them"
+            f"; the snapshots of before (t={hidden}) are hidden, until `phema gc --abandoned` deletes them"
             if hidden else "",
         )  # fmt: skip
     asked = float("inf") if resume is True else resume
