@@ -50,7 +50,7 @@ def collect_garbage(
         store: where the run lives.
         keep: how many complete snapshots to keep; None: all of them.
         retention: which ones: "best", those that serve every sigma_rel best, or "last", the newest.
-        abandoned: also remove all that is hidden because a newer attempt went on from an earlier t.
+        abandoned: also remove all that is hidden because a newer attempt went on from an earlier t, or from nothing.
         dry_run: remove nothing.
 
     Raises:
