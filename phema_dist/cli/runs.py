@@ -35,8 +35,8 @@ def add(commands: Commands) -> None:
     removing = commands.add_parser(
         "gc", epilog="example: phema gc s3://bucket/run --dry-run",
         description="Remove what nobody will finish (parts of snapshots, puts that were cut off), and snapshots that "
-        "a resume from an earlier t gave up and that the run has gone beyond. Never pins, the newest complete snapshot, what a job "
-        "writes.",
+        "a resume from an earlier t gave up and that the run has gone beyond. Never pins, the newest complete "
+        "snapshot, what a job writes.",
     )  # fmt: skip
     add_run(removing)
     removing.add_argument("--abandoned", action="store_true", help="all snapshots that were given up (hidden in ls)")
